@@ -1,0 +1,100 @@
+#include "batch.h"
+
+#include <ATen/Parallel.h>
+#include <c10/core/StorageImpl.h>
+#include <c10/util/Exception.h>
+#include <pybind11/pybind11.h>
+
+#include <utility>
+
+#include "../core/cpu_target.h"
+#include "memory.h"
+#include "plain.h"
+
+namespace fastopt {
+namespace {
+
+// A storage of result memory, or null where the allocator has none to give.
+c10::intrusive_ptr<c10::StorageImpl> new_storage(size_t bytes) {
+  c10::Allocator* allocator = result_allocator();
+  try {
+    return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
+                                                 allocator->allocate(bytes), allocator, /*resizable=*/true);
+  } catch (const c10::Error&) {
+    return {};
+  }
+}
+
+// A plain tensor of `like`'s sizes and strides over a storage, built without the dispatcher: no operation happens here
+// that a mode or a transform would want to see.
+at::Tensor view_of(c10::intrusive_ptr<c10::StorageImpl> storage, const at::Tensor& like, at::ScalarType dtype,
+                   int64_t offset) {
+  at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(
+      c10::Storage(std::move(storage)), c10::DispatchKeySet(c10::DispatchKey::CPU), c10::scalarTypeToTypeMeta(dtype));
+  tensor.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides(), offset);
+  return tensor;
+}
+
+void over_torch_threads(int64_t tasks, const std::function<void(int64_t)>& task) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      task(i);
+    }
+  });
+}
+
+}  // namespace
+
+bool is_dense(const at::Tensor& tensor) {
+  return tensor.is_non_overlapping_and_dense();
+}
+
+at::Tensor Batch::cast(const at::Tensor& src, at::ScalarType dtype) {
+  const auto dtypes = cast_dtypes(src.scalar_type(), dtype);
+  if (!dtypes || !is_dense(src)) {
+    return {};
+  }
+  auto storage = new_storage(static_cast<size_t>(src.numel()) * c10::elementSize(dtype));
+  if (!storage) {
+    return {};
+  }
+  at::Tensor dst = view_of(std::move(storage), src, dtype, 0);
+  copy(dst, src);
+  return dst;
+}
+
+at::Tensor Batch::clone(const at::Tensor& src) {
+  const c10::Storage& from = src.storage();
+  auto storage = new_storage(from.nbytes());
+  if (!storage) {
+    return {};
+  }
+  at::Tensor dst = view_of(std::move(storage), src, src.scalar_type(), src.storage_offset());
+  const auto bytes = static_cast<int64_t>(from.nbytes());
+  add(dst, src, {from.data(), dst.storage().mutable_data(), bytes, DType::Byte, DType::Byte});
+  return dst;
+}
+
+bool Batch::copy(const at::Tensor& dst, const at::Tensor& src) {
+  const auto dtypes = cast_dtypes(src.scalar_type(), dst.scalar_type());
+  if (!dtypes) {
+    return false;
+  }
+  const int64_t count =
+      dtypes->src == DType::Byte ? static_cast<int64_t>(src.numel() * src.element_size()) : src.numel();
+  add(dst, src, {src.const_data_ptr(), dst.mutable_data_ptr(), count, dtypes->src, dtypes->dst});
+  return true;
+}
+
+void Batch::add(const at::Tensor& dst, const at::Tensor& src, Job job) {
+  jobs_.push_back(job);
+  alive_.push_back(src);
+  alive_.push_back(dst);
+}
+
+void Batch::run() {
+  pybind11::gil_scoped_release without_gil;
+  fastopt::run(jobs_, kernels(), at::get_num_threads(), over_torch_threads);
+}
+
+}  // namespace fastopt

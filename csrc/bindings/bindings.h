@@ -1,0 +1,29 @@
+// What the extension module offers to Python; `fastopt/_C.pyi` says the same with types. The contracts stand above the
+// definitions.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+namespace fastopt {
+
+// groups.cpp
+pybind11::tuple index_state(const pybind11::list& param_lists, const pybind11::dict& state);
+pybind11::dict id_map(const pybind11::list& saved_lists, const pybind11::list& param_lists);
+
+// walk.cpp
+pybind11::object cast_state(const pybind11::dict& saved_state, const pybind11::dict& id_map,
+                            const pybind11::object& hosted_on_device, const pybind11::object& memo,
+                            const pybind11::dict& state);
+
+// tensors.cpp
+bool copy_plain(const pybind11::list& dsts, const pybind11::list& srcs, const pybind11::function& leave);
+pybind11::list to_plain(const pybind11::list& tensors, const pybind11::object& dtype, bool copy);
+
+// kernels.cpp
+void cast_buffer(const pybind11::buffer& src, const std::string& src_dtype, const pybind11::buffer& dst,
+                 const std::string& dst_dtype);
+pybind11::dict build_info();
+
+}  // namespace fastopt

@@ -1,0 +1,73 @@
+#include "memory.h"
+
+#include <c10/core/CPUAllocator.h>
+#include <c10/util/Exception.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+namespace fastopt {
+namespace {
+
+#if defined(__linux__)
+
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kLarge = 2 * kHugePage;  // below this, rounding up to whole huge pages could waste half
+
+struct Mapping {
+  void* address;
+  size_t bytes;
+
+  ~Mapping() { munmap(address, bytes); }
+};
+
+void unmap(void* context) {
+  delete static_cast<Mapping*>(context);
+}
+
+c10::DataPtr map_huge(size_t bytes) {
+  const size_t wanted = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  void* raw = mmap(nullptr, wanted + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  TORCH_CHECK(raw != MAP_FAILED, "fastopt: can't allocate memory: you tried to allocate ", bytes, " bytes");
+  const auto start = reinterpret_cast<uintptr_t>(raw);
+  const uintptr_t aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
+  if (aligned > start) {
+    munmap(raw, aligned - start);
+  }
+  if (const size_t after = kHugePage - (aligned - start); after > 0) {
+    munmap(reinterpret_cast<void*>(aligned + wanted), after);
+  }
+  auto* address = reinterpret_cast<void*>(aligned);
+  auto mapping = std::make_unique<Mapping>(Mapping{address, wanted});
+  madvise(address, wanted, MADV_HUGEPAGE);  // advice: where it is refused, ordinary pages serve
+  return {address, mapping.release(), &unmap, c10::Device(c10::DeviceType::CPU)};
+}
+
+class ResultAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    return bytes >= kLarge ? map_huge(bytes) : c10::GetCPUAllocator()->allocate(bytes);
+  }
+
+  void copy_data(void* dest, const void* src, size_t count) const override { std::memcpy(dest, src, count); }
+};
+
+#endif
+
+}  // namespace
+
+c10::Allocator* result_allocator() {
+#if defined(__linux__)
+  static ResultAllocator allocator;
+  return &allocator;
+#else
+  return c10::GetCPUAllocator();
+#endif
+}
+
+}  // namespace fastopt

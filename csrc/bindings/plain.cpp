@@ -1,0 +1,64 @@
+#include "plain.h"
+
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/variable.h>
+
+namespace fastopt {
+namespace {
+
+std::optional<DType> kernel_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return DType::Float32;
+    case at::kBFloat16:
+      return DType::BFloat16;
+    case at::kHalf:
+      return DType::Float16;
+    case at::kDouble:
+      return DType::Float64;
+    default:
+      return std::nullopt;
+  }
+}
+
+bool has_attributes(PyObject* object) {
+  PyObject** dict = _PyObject_GetDictPtr(object);
+  return dict != nullptr && *dict != nullptr && PyDict_GET_SIZE(*dict) > 0;
+}
+
+}  // namespace
+
+bool is_plain(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet ordinary(
+      {c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU,
+       c10::DispatchKey::ADInplaceOrView});
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  // Raw bits: DispatchKeySet's own difference ignores the backend, and so would pass a meta tensor.
+  if ((impl->key_set().raw_repr() & ~ordinary.raw_repr()) != 0 || !impl->has_storage()) {
+    return false;
+  }
+  if (impl->requires_grad() && c10::GradMode::is_enabled()) {
+    return false;
+  }
+  const torch::autograd::AutogradMeta* autograd = torch::autograd::impl::get_autograd_meta(tensor);
+  return autograd == nullptr || autograd->fw_grad_ == nullptr;
+}
+
+bool is_plainly_copied(PyObject* object, const at::Tensor& tensor) {
+  return is_plain(tensor) && !tensor.requires_grad() && !tensor.grad().defined() &&
+         tensor.storage().use_count() == 1 && !has_attributes(object);
+}
+
+std::optional<CastDTypes> cast_dtypes(at::ScalarType src, at::ScalarType dst) {
+  if (src == dst) {
+    return CastDTypes{DType::Byte, DType::Byte};
+  }
+  const auto from = kernel_dtype(src);
+  const auto to = kernel_dtype(dst);
+  if (!from || !to) {
+    return std::nullopt;
+  }
+  return CastDTypes{*from, *to};
+}
+
+}  // namespace fastopt

@@ -1,0 +1,32 @@
+// Which tensors the native path may touch.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/python_headers.h>
+
+#include <optional>
+
+#include "../core/dtype.h"
+
+namespace fastopt {
+
+// Note [Plain tensors]
+// The native path reads and writes memory directly, so it takes only tensors for which that is all there is to a cast:
+// exactly `torch.Tensor` (or `Parameter`) in Python, dense CPU memory, no pending conjugation or negation, no autograd, no
+// batching or functionalisation by a transform. The dispatch keys say all of this at once: any key beyond those of an
+// ordinary CPU tensor means that some handler wants to see the operation. Whatever is not provably plain goes to the
+// Python rules, which ask torch.
+bool is_plain(const at::Tensor& tensor);
+
+// Plain, and with nothing that a deep copy would carry over besides the storage: no Python attributes, and a storage
+// that no other tensor uses.
+bool is_plainly_copied(PyObject* object, const at::Tensor& tensor);
+
+// The kernels' dtypes for a cast of plain tensors, where there is a kernel; equal dtypes are moved as bytes.
+struct CastDTypes {
+  DType src;
+  DType dst;
+};
+std::optional<CastDTypes> cast_dtypes(at::ScalarType src, at::ScalarType dst);
+
+}  // namespace fastopt

@@ -1,0 +1,162 @@
+// Batched copy and cast of plain tensors, for fastopt.copy_ and fastopt.to.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "batch.h"
+#include "bindings.h"
+#include "plain.h"
+
+namespace py = pybind11;
+
+namespace fastopt {
+namespace {
+
+struct Interval {
+  uintptr_t begin;
+  uintptr_t end;
+};
+
+// The bytes from the first to the last that a strided CPU tensor may touch; none for one that has no memory to look at.
+std::optional<Interval> memory_of(const at::Tensor& tensor) {
+  if (!tensor.has_storage() || !tensor.device().is_cpu() || tensor.numel() == 0) {
+    return std::nullopt;
+  }
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  }
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return Interval{begin, begin + static_cast<uintptr_t>((last + 1) * static_cast<int64_t>(tensor.element_size()))};
+}
+
+bool same_memory_order(const at::Tensor& dst, const at::Tensor& src) {
+  return (dst.strides() == src.strides() && is_dense(dst)) || (dst.is_contiguous() && src.is_contiguous());
+}
+
+bool is_itself(const at::Tensor& dst, const at::Tensor& src) {
+  return dst.const_data_ptr() == src.const_data_ptr() && dst.scalar_type() == src.scalar_type() &&
+         same_memory_order(dst, src);
+}
+
+void sort_by_begin(std::vector<Interval>& intervals) {
+  const auto earlier = [](const Interval& a, const Interval& b) { return a.begin < b.begin; };
+  if (!std::is_sorted(intervals.begin(), intervals.end(), earlier)) {  // tensors of one allocation run mostly are
+    std::sort(intervals.begin(), intervals.end(), earlier);
+  }
+}
+
+// Whether any destination may share a byte with another destination or with a source.
+bool may_overlap(std::vector<Interval> dsts, std::vector<Interval> srcs) {
+  sort_by_begin(dsts);
+  sort_by_begin(srcs);
+  for (size_t i = 1; i < dsts.size(); ++i) {
+    if (dsts[i].begin < dsts[i - 1].end) {
+      return true;
+    }
+  }
+  size_t dst = 0;
+  for (const Interval& src : srcs) {
+    while (dst < dsts.size() && dsts[dst].end <= src.begin) {
+      ++dst;
+    }
+    if (dst < dsts.size() && dsts[dst].begin < src.end) {
+      return true;
+    }
+  }
+  return false;
+}
+
+bool is_exact_tensor(py::handle object) {
+  return THPVariable_CheckExact(object.ptr());
+}
+
+// In place, an inference tensor is writable only in inference mode: torch's to refuse.
+bool is_plain_destination(const at::Tensor& tensor) {
+  return is_plain(tensor) && (!tensor.is_inference() || c10::InferenceMode::is_enabled());
+}
+
+}  // namespace
+
+// Copies the plain entries and calls `leave(indices)` for the others, before any byte moves. False, and nothing done,
+// where the entries have to be looked at one by one: an entry that is no tensor, shapes that differ, memory that may
+// overlap.
+bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& leave) {
+  Batch batch;
+  std::vector<at::Tensor> written;
+  std::vector<Interval> dst_memory;
+  std::vector<Interval> src_memory;
+  py::list left;
+  for (size_t i = 0; i < dsts.size(); ++i) {
+    const py::handle dst_object = dsts[i];
+    const py::handle src_object = srcs[i];
+    if (!is_exact_tensor(dst_object) || !is_exact_tensor(src_object)) {
+      if (!THPVariable_Check(dst_object.ptr()) || !THPVariable_Check(src_object.ptr())) {
+        return false;
+      }
+      left.append(i);
+      continue;
+    }
+    const at::Tensor& dst = THPVariable_Unpack(dst_object.ptr());
+    const at::Tensor& src = THPVariable_Unpack(src_object.ptr());
+    if (dst.sizes() != src.sizes()) {
+      return false;
+    }
+    const auto dst_bytes = memory_of(dst);
+    const auto src_bytes = memory_of(src);
+    const bool itself = dst_bytes && src_bytes && is_itself(dst, src);
+    if (dst_bytes) {
+      dst_memory.push_back(*dst_bytes);
+    }
+    if (src_bytes && !itself) {
+      src_memory.push_back(*src_bytes);
+    }
+    const bool native = is_plain_destination(dst) && is_plain(src) && same_memory_order(dst, src);
+    if (native && (itself || batch.copy(dst, src))) {
+      written.push_back(dst);
+    } else {
+      left.append(i);
+    }
+  }
+  if (may_overlap(std::move(dst_memory), std::move(src_memory))) {
+    return false;
+  }
+  if (!left.empty()) {
+    leave(left);
+  }
+  for (const at::Tensor& dst : written) {
+    dst.unsafeGetTensorImpl()->bump_version();
+  }
+  batch.run();
+  return true;
+}
+
+// Batched `.to(dtype, copy=copy)`; None stands where the result is left to torch.
+py::list to_plain(const py::list& tensors, const py::object& dtype, bool copy) {
+  Batch batch;
+  py::list results;
+  for (const py::handle& object : tensors) {
+    py::object result = py::none();
+    if (is_exact_tensor(object)) {
+      const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
+      const at::ScalarType target = dtype.is_none() ? tensor.scalar_type() : dtype.cast<at::ScalarType>();
+      if (is_plain(tensor)) {
+        if (!copy && target == tensor.scalar_type()) {
+          result = py::reinterpret_borrow<py::object>(object);
+        } else if (at::Tensor made = batch.cast(tensor, target); made.defined()) {
+          result = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(made)));
+        }
+      }
+    }
+    results.append(std::move(result));
+  }
+  batch.run();
+  return results;
+}
+
+}  // namespace fastopt

@@ -1,0 +1,31 @@
+// The cast kernels of one instruction set, as a table of function pointers.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace fastopt {
+
+// Casts `count` elements from `src` to `dst`. The two do not overlap; neither needs any alignment; `count` may be zero.
+using CastFn = void (*)(const void* src, void* dst, int64_t count);
+
+struct Kernels {
+  const char* target;
+  // table[src][dst]; null where no kernel exists (Byte goes only to Byte).
+  std::array<std::array<CastFn, kDTypes>, kDTypes> table;
+
+  CastFn find(DType src, DType dst) const {
+    return table[static_cast<size_t>(src)][static_cast<size_t>(dst)];
+  }
+};
+
+// One a file, so that each is compiled for its own instruction set and nothing else is.
+extern const Kernels kPortableKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace fastopt

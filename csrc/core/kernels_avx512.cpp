@@ -1,0 +1,94 @@
+// Kernels for x86-64 with AVX-512 F, BW, VL and DQ (Skylake-SP, Zen 4 and newer).
+#if defined(__x86_64__)
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own _mm512_undefined_*
+#endif
+
+#include <immintrin.h>
+
+#include <array>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,f16c")
+#endif
+
+#include "cast_loop.h"
+
+namespace fastopt {
+namespace {
+
+struct SixteenLanes {
+  static constexpr int64_t kWidth = 16;
+
+  template <class T>
+  static __m512 load(const char* from);
+
+  template <class T>
+  static void store(char* to, __m512 lanes);
+};
+
+template <>
+__m512 SixteenLanes::load<float>(const char* from) {
+  return _mm512_loadu_ps(from);
+}
+
+template <>
+__m512 SixteenLanes::load<bfloat16>(const char* from) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+template <>
+__m512 SixteenLanes::load<float16>(const char* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+template <>
+__m512 SixteenLanes::load<double>(const char* from) {
+  const __m256 low = _mm512_cvtpd_ps(_mm512_loadu_pd(from));
+  const __m256 high = _mm512_cvtpd_ps(_mm512_loadu_pd(from + 64));
+  return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+}
+
+template <>
+void SixteenLanes::store<float>(char* to, __m512 lanes) {
+  _mm512_storeu_ps(to, lanes);
+}
+
+template <>
+void SixteenLanes::store<bfloat16>(char* to, __m512 lanes) {
+  const __m512i bits = _mm512_castps_si512(lanes);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(lanes, lanes, _CMP_UNORD_Q);
+  const __m512i rounded = _mm512_mask_blend_epi32(nan, _mm512_srli_epi32(sum, 16), _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
+}
+
+template <>
+void SixteenLanes::store<float16>(char* to, __m512 lanes) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(lanes, _MM_FROUND_TO_NEAREST_INT));
+}
+
+template <>
+void SixteenLanes::store<double>(char* to, __m512 lanes) {
+  _mm512_storeu_pd(to, _mm512_cvtps_pd(_mm512_castps512_ps256(lanes)));
+  _mm512_storeu_pd(to + 64, _mm512_cvtps_pd(_mm512_extractf32x8_ps(lanes, 1)));
+}
+
+}  // namespace
+
+constexpr Kernels kAvx512Kernels = make_kernels<SixteenLanes>("avx512");
+
+}  // namespace fastopt
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif  // __x86_64__

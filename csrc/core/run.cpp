@@ -1,0 +1,88 @@
+#include "run.h"
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+namespace fastopt {
+namespace {
+
+// Note [Cutting]
+// All jobs of a batch are laid end to end on one line, each as long as it is expected to take: the bytes it reads and
+// writes, plus a fixed cost. The line is cut into chunks of equal length, wherever that falls, so that one huge tensor
+// and a million small ones both fill every thread. Threads take the next chunk when they are done with one.
+constexpr int64_t kJobCost = 128;          // what a call costs, in bytes that could have moved meanwhile
+constexpr int64_t kChunkCost = 1 << 20;    // small against a thread's share, large against the cost of taking a chunk
+constexpr int64_t kSerialCost = 64 << 10;  // less than this is done before a second thread would have woken
+constexpr int64_t kCutElements = 64;       // cuts fall on multiples of this: whole vectors and, mostly, cache lines
+
+class Line {
+ public:
+  explicit Line(std::span<const Job> jobs) : jobs_(jobs) {
+    ends_.reserve(jobs.size());
+    int64_t end = 0;
+    for (const Job& job : jobs) {
+      end += kJobCost + job.count * bytes_per_element(job);
+      ends_.push_back(end);
+    }
+  }
+
+  int64_t length() const { return ends_.empty() ? 0 : ends_.back(); }
+
+  // Runs what lies in [begin, end) of the line.
+  void run(int64_t begin, int64_t end, const Kernels& kernels) const {
+    auto index = static_cast<size_t>(std::upper_bound(ends_.begin(), ends_.end(), begin) - ends_.begin());
+    for (; index < jobs_.size() && start_of(index) < end; ++index) {
+      const Job& job = jobs_[index];
+      const int64_t first = element_at(index, begin);
+      const int64_t last = element_at(index, end);
+      if (first < last) {
+        kernels.find(job.src_dtype, job.dst_dtype)(static_cast<const char*>(job.src) + first * size_of(job.src_dtype),
+                                                   static_cast<char*>(job.dst) + first * size_of(job.dst_dtype),
+                                                   last - first);
+      }
+    }
+  }
+
+ private:
+  static int64_t bytes_per_element(const Job& job) { return size_of(job.src_dtype) + size_of(job.dst_dtype); }
+
+  int64_t start_of(size_t index) const { return index == 0 ? 0 : ends_[index - 1]; }
+
+  // The element of a job that stands at a position of the line. Never falls from one position to a later one, so
+  // neighbouring chunks share no element and miss none.
+  int64_t element_at(size_t index, int64_t position) const {
+    const Job& job = jobs_[index];
+    if (position >= ends_[index]) {
+      return job.count;
+    }
+    const int64_t offset = std::max<int64_t>(position - start_of(index) - kJobCost, 0);
+    return offset / bytes_per_element(job) / kCutElements * kCutElements;
+  }
+
+  std::span<const Job> jobs_;
+  std::vector<int64_t> ends_;
+};
+
+}  // namespace
+
+void run(std::span<const Job> jobs, const Kernels& kernels, int64_t threads, const Parallel& parallel) {
+  const Line line(jobs);
+  const int64_t length = line.length();
+  if (threads <= 1 || length <= kSerialCost) {
+    line.run(0, length, kernels);
+    return;
+  }
+  const int64_t chunks = std::max(threads, length / kChunkCost);
+  std::atomic<int64_t> next{0};
+  parallel(std::min(threads, chunks), [&](int64_t) {
+    for (int64_t chunk = next++; chunk < chunks; chunk = next++) {
+      // length < 2^63 / chunks in any memory there is, but a product need not rely on that
+      const int64_t size = length / chunks;
+      const int64_t begin = chunk * size;
+      line.run(begin, chunk + 1 == chunks ? length : begin + size, kernels);
+    }
+  });
+}
+
+}  // namespace fastopt

@@ -1,0 +1,27 @@
+// Copy jobs, and running many of them over all threads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+
+#include "kernels.h"
+
+namespace fastopt {
+
+// Casts `count` elements at `src` into `dst`. `dst` overlaps no other memory of the batch.
+struct Job {
+  const void* src;
+  void* dst;
+  int64_t count;
+  DType src_dtype;
+  DType dst_dtype;
+};
+
+// Calls `task(i)` for every i in [0, tasks), on as many threads as it sees fit, and returns when all are done.
+using Parallel = std::function<void(int64_t tasks, const std::function<void(int64_t)>& task)>;
+
+// Runs all jobs on at most `threads` threads. Throws std::bad_alloc before any byte is written, or nothing.
+void run(std::span<const Job> jobs, const Kernels& kernels, int64_t threads, const Parallel& parallel);
+
+}  // namespace fastopt

@@ -1,0 +1,34 @@
+from collections import defaultdict
+from collections.abc import Buffer, Callable, Mapping, Set
+from typing import Any
+
+import torch
+
+def index_state(
+    param_lists: list[list[torch.Tensor]], state: Mapping[Any, Any]
+) -> tuple[list[list[int]], dict[Any, Any]]: ...
+def id_map(saved_lists: list[list[Any]], param_lists: list[list[torch.Tensor]]) -> dict[Any, torch.Tensor]: ...
+def cast_state(
+    saved_state: Mapping[Any, Any],
+    id_map: dict[Any, torch.Tensor],
+    hosted_on_device: Set[Any] | None,
+    memo: dict[int, Any] | None,
+    state: defaultdict[Any, Any],
+) -> (
+    tuple[
+        list[tuple[Any, Any, torch.Tensor | None, Any, Any, Any]],
+        list[tuple[torch.dtype, torch.dtype, int, int, int]],
+        int,
+        int,
+    ]
+    | None
+): ...
+def copy_plain(
+    dsts: list[torch.Tensor], srcs: list[torch.Tensor], leave: Callable[[list[int]], None]
+) -> bool: ...
+def to_plain(tensors: list[torch.Tensor], dtype: torch.dtype | None, copy: bool) -> list[Any]: ...
+def cast_buffer(src: Buffer, src_dtype: str, dst: Buffer, dst_dtype: str) -> None: ...
+def cpu_targets() -> list[str]: ...
+def cpu_target() -> str: ...
+def use_cpu_target(name: str) -> None: ...
+def build_info() -> dict[str, str | None]: ...

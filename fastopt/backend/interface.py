@@ -1,0 +1,60 @@
+"""What the native and the pure-Python backend both offer, and what they ask of the rules."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, Protocol
+
+import torch
+
+Group = dict[str, Any]
+State = defaultdict[Any, Any]
+
+
+class Rules(Protocol):
+    """How one value of a saved state becomes a value of the optimizer: `fastopt.state_dict.Cast`, seen from below."""
+
+    memo: dict[int, Any] | None
+    """The memo of `copy.deepcopy` where the optimizer must share nothing with the saved dict; None where it may."""
+    hosted_on_device: Set[Any]
+    """Saved ids whose `step` belongs on the parameter's device, in float32."""
+
+    def entry(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None) -> Any:
+        """The value of a parameter's state under `key`, or its whole state; errors name the parameter."""
+
+    def unclaimed(self, saved_id: Any, value: Any) -> Any:
+        """The state under an id that belongs to no parameter."""
+
+    def keep(self, value: Any) -> Any:
+        """A value, or a key, that needs no cast."""
+
+    def count(self, casts: Sequence[tuple[torch.dtype, torch.dtype, int, int, int]], copied: int, shared: int) -> None:
+        """Adds what a backend did without asking to the report.
+
+        Args:
+            casts: (from, to, tensors, bytes read, bytes written).
+            copied: how many of those were copied without a cast.
+            shared: tensors taken over as they are.
+        """
+
+
+class Backend(Protocol):
+    """The operations on many tensors at once. All results are the same whichever backend computes them."""
+
+    name: str
+
+    def index_state(
+        self, param_lists: list[list[torch.Tensor]], state: Mapping[Any, Any]
+    ) -> tuple[list[list[int]], dict[Any, Any]]:
+        """Numbers the parameters over all groups, and keys the state by number."""
+
+    def id_map(self, saved_lists: list[list[Any]], param_lists: list[list[torch.Tensor]]) -> dict[Any, torch.Tensor]:
+        """Saved id -> parameter."""
+
+    def cast_state(self, saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], rules: Rules) -> State:
+        """The optimizer's new state, by the rules."""
+
+    def copy_(self, dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool) -> None:
+        """`dst.copy_(src)` for each pair, after all pairs have been checked."""
+
+    def to(self, tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list[torch.Tensor]:
+        """`tensor.to(**options, copy=copy)` for each."""

@@ -1,0 +1,80 @@
+"""The native backend: the extension for what is plain, the Python backend's rules for the rest.
+
+Importing this module raises ImportError where the extension is missing or does not fit the installed torch, and
+ValueError where FASTOPT_CPU_TARGET names no instruction set of this machine.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fastopt import _C
+from fastopt.backend import python
+from fastopt.backend.interface import Rules, State
+
+name = "native"
+
+
+def _check_build() -> None:
+    built = _C.build_info()["torch"]
+    if str(built).split(".")[:2] != torch.__version__.split(".")[:2]:
+        raise ImportError(f"the extension was built for torch {built}, and torch {torch.__version__} is installed")
+    if target := os.environ.get("FASTOPT_CPU_TARGET"):
+        _C.use_cpu_target(target)
+
+
+_check_build()
+
+
+def index_state(
+    param_lists: list[list[torch.Tensor]], state: Mapping[Any, Any]
+) -> tuple[list[list[int]], dict[Any, Any]]:
+    if type(state) not in (dict, defaultdict):
+        return python.index_state(param_lists, state)
+    return _C.index_state(param_lists, state)
+
+
+def id_map(saved_lists: list[list[Any]], param_lists: list[list[torch.Tensor]]) -> dict[Any, torch.Tensor]:
+    return _C.id_map(saved_lists, param_lists)
+
+
+def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], rules: Rules) -> State:
+    if type(saved_state) not in (dict, defaultdict):
+        return python.cast_state(saved_state, id_map, rules)
+    state: State = defaultdict(dict)
+    walked = _C.cast_state(saved_state, id_map, rules.hosted_on_device or None, rules.memo, state)
+    if walked is None:  # a key that must itself be copied: the walk in Python does so in its place
+        if rules.memo is not None:
+            rules.memo.clear()
+        return python.cast_state(saved_state, id_map, rules)
+    deferred, casts, copied, shared = walked
+    rules.count(casts, copied, shared)
+    for container, slot, param, value, saved_id, key in deferred:
+        if param is None:
+            container[slot] = rules.unclaimed(saved_id, value)
+        else:
+            container[slot] = rules.entry(param, value, saved_id, key)
+    return state
+
+
+def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool) -> None:
+    def leave_to_torch(indices: list[int]) -> None:
+        python.check_pairs([dsts[i] for i in indices], [srcs[i] for i in indices])
+        for index in indices:
+            python.copy_entry(index, dsts[index], srcs[index], non_blocking)
+
+    if not _C.copy_plain(dsts, srcs, leave_to_torch):
+        python.copy_(dsts, srcs, non_blocking)
+
+
+def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list[torch.Tensor]:
+    if torch.device(options.get("device", "cpu")).type != "cpu":
+        return python.to(tensors, options, copy)
+    results = _C.to_plain(tensors, options.get("dtype"), copy)
+    for index, result in enumerate(results):
+        if result is None:
+            results[index] = python.to_entry(index, tensors[index], options, copy)
+    return results

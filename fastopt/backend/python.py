@@ -1,0 +1,122 @@
+"""The pure-Python backend: complete, and the reference that the native one is held to."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+
+from fastopt.backend.interface import Rules, State
+from fastopt.errors import describe_tensor
+
+name = "python"
+
+
+def index_state(
+    param_lists: list[list[torch.Tensor]], state: Mapping[Any, Any]
+) -> tuple[list[list[int]], dict[Any, Any]]:
+    indices: dict[int, int] = {}
+    packed_lists: list[list[int]] = []
+    start = 0
+    for params in param_lists:
+        # Within a group a later index replaces an earlier one; over several groups the first stays.
+        indices.update({id(p): i for i, p in enumerate(params, start) if id(p) not in indices})
+        packed_lists.append([indices[id(p)] for p in params])
+        start += len(packed_lists[-1])
+    return packed_lists, {(indices[id(k)] if isinstance(k, torch.Tensor) else k): v for k, v in state.items()}
+
+
+def id_map(saved_lists: list[list[Any]], param_lists: list[list[torch.Tensor]]) -> dict[Any, torch.Tensor]:
+    return dict(zip(chain.from_iterable(saved_lists), chain.from_iterable(param_lists), strict=True))
+
+
+def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], rules: Rules) -> State:
+    state: State = defaultdict(dict)
+    for saved_id, value in saved_state.items():
+        if saved_id in id_map:
+            param = id_map[saved_id]
+            state[param] = rules.entry(param, value, saved_id)
+        else:
+            state[rules.keep(saved_id)] = rules.unclaimed(saved_id, value)
+    return state
+
+
+def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool) -> None:
+    check_pairs(dsts, srcs)
+    check_overlap(dsts, srcs)
+    for index, (dst, src) in enumerate(zip(dsts, srcs, strict=True)):
+        copy_entry(index, dst, src, non_blocking)
+
+
+def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list[torch.Tensor]:
+    return [to_entry(index, tensor, options, copy) for index, tensor in enumerate(tensors)]
+
+
+def copy_entry(index: int, dst: torch.Tensor, src: torch.Tensor, non_blocking: bool) -> None:
+    """`dst.copy_(src)`; torch's own error, if any, gets the entry's index."""
+    try:
+        dst.copy_(src, non_blocking=non_blocking)
+    except Exception as error:
+        error.add_note(f"copy_: entry {index}: {describe_tensor(src)} -> {describe_tensor(dst)}")
+        raise
+
+
+def to_entry(index: int, tensor: torch.Tensor, options: dict[str, Any], copy: bool) -> torch.Tensor:
+    """`tensor.to(**options, copy=copy)`; torch's own error, if any, gets the entry's index."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"to: entry {index} is a {type(tensor).__name__}, not a tensor")
+    try:
+        return tensor.to(**options, copy=copy)
+    except Exception as error:
+        error.add_note(f"to: entry {index}: {describe_tensor(tensor)}")
+        raise
+
+
+def check_pairs(dsts: list[torch.Tensor], srcs: list[torch.Tensor]) -> None:
+    """Raises TypeError or ValueError with the index of the first pair that cannot be copied."""
+    for index, (dst, src) in enumerate(zip(dsts, srcs, strict=True)):
+        for role, tensor in (("destination", dst), ("source", src)):
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"copy_: {role} {index} is a {type(tensor).__name__}, not a tensor")
+        if dst.shape != src.shape:
+            raise ValueError(
+                f"copy_: entry {index}: the source's shape {list(src.shape)} "
+                f"is not the destination's {list(dst.shape)}"
+            )
+
+
+def check_overlap(dsts: list[torch.Tensor], srcs: list[torch.Tensor]) -> None:
+    """Raises ValueError where a destination shares memory with another destination or with a source.
+
+    Only dense tensors are judged: two strided views may interleave without sharing an element, so entries of that kind
+    are copied one after the other, in the order given.
+    """
+    spans = []
+    for index, (dst, src) in enumerate(zip(dsts, srcs, strict=True)):
+        if dst_span := dense_span(dst):
+            spans.append((*dst_span, "destination", index))
+        if (src_span := dense_span(src)) and not (src_span == dst_span and same_view(dst, src)):
+            spans.append((*src_span, "source", index))
+    spans.sort(key=lambda span: span[:2])
+    reach: dict[str, tuple[int, int]] = {"destination": (0, -1), "source": (0, -1)}
+    for begin, end, role, index in spans:
+        for other in ("destination", "source"):
+            reached, owner = reach[other]
+            if begin < reached and "destination" in (role, other):
+                raise ValueError(f"copy_: {role} {index} overlaps {other} {owner} in memory")
+        reach[role] = max(reach[role], (end, index))
+
+
+def dense_span(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """First and last address of a dense tensor in memory that can be compared, or None."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+        return None
+    if tensor.is_meta or tensor.numel() == 0 or not torch._prims_common.is_non_overlapping_and_dense(tensor):
+        return None
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+
+
+def same_view(dst: torch.Tensor, src: torch.Tensor) -> bool:
+    """Whether copying one to the other would change nothing."""
+    return dst.dtype == src.dtype and dst.stride() == src.stride()

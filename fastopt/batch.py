@@ -1,0 +1,66 @@
+"""Copies and casts of many tensors in one call."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from fastopt.backend import current
+
+
+def copy_(
+    dsts: Iterable[torch.Tensor], srcs: Iterable[torch.Tensor], *, non_blocking: bool = False
+) -> None:
+    """Copy each source into its destination, as `dst.copy_(src)` does, in one batched call.
+
+    Any mix of dtypes, strides and devices. The values are those of `dst.copy_(src)`, to the bit for what is not NaN; the
+    destinations' version counters move as with it. Plain CPU tensors are copied by all threads together; other pairs one
+    by one through torch, before those.
+
+    Args:
+        dsts: tensors to write.
+        srcs: as many tensors of the same shapes. Nothing is broadcast.
+        non_blocking: passed to torch for the pairs that it copies.
+
+    Raises:
+        ValueError: the numbers or the shapes of a pair differ, or a destination overlaps another destination or a
+            source; the text names the entry. A pair of the very same tensor is no overlap.
+        TypeError: an entry is no tensor.
+        RuntimeError: what torch raises for an entry, with a note that names it.
+
+    After a ValueError or TypeError nothing has been written.
+    """
+    listed_dsts, listed_srcs = list(dsts), list(srcs)
+    if len(listed_dsts) != len(listed_srcs):
+        raise ValueError(f"copy_: {len(listed_dsts)} destinations and {len(listed_srcs)} sources")
+    current().copy_(listed_dsts, listed_srcs, non_blocking)
+
+
+def to(
+    tensors: Iterable[torch.Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | int | None = None,
+    copy: bool = False,
+) -> list[torch.Tensor]:
+    """Cast and move tensors, as `tensor.to(dtype=dtype, device=device, copy=copy)` does, in one batched call.
+
+    Args:
+        tensors: any mix of dtypes, shapes, strides and devices.
+        dtype: the dtype of the results; None keeps each tensor's own.
+        device: the device of the results; None keeps each tensor's own.
+        copy: copy what needs no cast as well; otherwise the result holds that tensor itself.
+
+    Returns:
+        One tensor each, in order; dense strides are kept.
+
+    Raises:
+        TypeError: an entry is no tensor.
+        RuntimeError: what torch raises for an entry, with a note that names it.
+    """
+    options: dict[str, Any] = {}
+    if dtype is not None:
+        options["dtype"] = dtype
+    if device is not None:
+        options["device"] = torch.device(device)
+    return current().to(list(tensors), options, copy)

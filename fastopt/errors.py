@@ -1,0 +1,28 @@
+"""How errors name their culprit.
+
+What torch raises stays torch's, type and text; fastopt adds a note (PEP 678) that says which parameter, key, dtype and
+shape it was about. Tracebacks show it, and programs find it in `error.__notes__`.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+
+def describe_tensor(tensor: torch.Tensor) -> str:
+    """Dtype, shape and device, for an error: `float32 [3, 4] on cpu`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
+def describe_parameter(param: torch.Tensor, saved_id: Any, groups: Iterable[Mapping[str, Any]]) -> str:
+    """Index, name where it is known, dtype, shape and device of a parameter, and the id it was saved under."""
+    index = 0
+    for group in groups:
+        for position, candidate in enumerate(group["params"]):
+            if candidate is param:
+                names = group.get("param_names")
+                name = f" {names[position]!r}" if names else ""
+                return f"parameter {index}{name} ({describe_tensor(param)}), saved under id {saved_id!r}"
+            index += 1
+    return f"the parameter saved under id {saved_id!r}"

@@ -1,0 +1,100 @@
+"""What a load did, for people and for programs."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class CastCount:
+    """Tensors taken from one dtype to another."""
+
+    tensors: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+
+@dataclass
+class LoadReport:
+    """What `load_state_dict` did. Prints as a few lines."""
+
+    backend: str
+    """`"native"` or `"python"`."""
+    seconds: float = 0.0
+    """Wall time, hooks and the optimizer's own `__setstate__` included."""
+    casts: dict[tuple[torch.dtype, torch.dtype], CastCount] = field(default_factory=dict)
+    """Tensors that were written anew, by saved and final dtype; equal dtypes where they were copied or changed device."""
+    copied: int = 0
+    """Tensors that needed no cast and were copied, as `copy=True` asks."""
+    shared: int = 0
+    """Tensors that needed no cast and are now the optimizer's and the dict's alike, as `copy=False` allows."""
+    missing: list[int] = field(default_factory=list)
+    """Indices of the optimizer's parameters for which the dict holds no state."""
+    unexpected: list[Any] = field(default_factory=list)
+    """Keys of the saved state that belong to no parameter; they are kept, as torch keeps them."""
+    emptied: int = 0
+    """Tensors whose values are gone, as they went to parameters on the meta device."""
+
+    @property
+    def tensors(self) -> int:
+        """Tensors loaded, shared ones included."""
+        return self.shared + sum(count.tensors for count in self.casts.values())
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data read."""
+        return sum(count.bytes_read for count in self.casts.values())
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of tensor data written."""
+        return sum(count.bytes_written for count in self.casts.values())
+
+    def add(self, source: torch.dtype, target: torch.dtype, tensors: int, read: int, written: int) -> None:
+        """Counts tensors that were written anew."""
+        count = self.casts.setdefault((source, target), CastCount())
+        count.tensors += tensors
+        count.bytes_read += read
+        count.bytes_written += written
+
+    def __str__(self) -> str:
+        moved = self.bytes_read + self.bytes_written
+        rate = f", {moved / self.seconds / 1e9:.1f} GB/s" if self.seconds else ""
+        lines = [
+            f"loaded {self.tensors:,} tensors in {self.seconds:.3f} s ({self.backend}): "
+            f"read {_size(self.bytes_read)}, wrote {_size(self.bytes_written)}{rate}"
+        ]
+        for (source, target), count in self.casts.items():
+            if source != target:
+                lines.append(f"  cast {count.tensors:,} from {_name(source)} to {_name(target)}")
+        if self.copied:
+            lines.append(f"  copied {self.copied:,} unchanged")
+        if self.shared:
+            lines.append(f"  shared {self.shared:,} with the dict that was loaded")
+        if self.missing:
+            lines.append(f"  no state for {len(self.missing):,} parameters: {_some(self.missing)}")
+        if self.unexpected:
+            lines.append(f"  state of no parameter, kept: {_some(self.unexpected)}")
+        if self.emptied:
+            lines.append(f"  the values of {self.emptied:,} tensors are gone: their parameters are on the meta device")
+        return "\n".join(lines)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _some(items: Iterable[Any], most: int = 5) -> str:
+    listed = list(items)
+    shown = ", ".join(repr(item) for item in listed[:most])
+    return shown if len(listed) <= most else f"{shown} and {len(listed) - most:,} more"

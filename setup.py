@@ -1,0 +1,78 @@
+"""Builds fastopt with its C++ extension, or without it where that cannot be built.
+
+FASTOPT_BUILD=auto (default)  the extension with CUDA where torch has CUDA and nvcc is there, else for the CPU,
+                              else the pure-Python package with a warning that says why
+             =cpu | cuda      that extension, or an error
+             =none            the pure-Python package
+FASTOPT_DEBUG=1               assertions on, optimisation off
+"""
+
+import os
+import shutil
+import sys
+import sysconfig
+import warnings
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+CHOICES = ("auto", "cpu", "cuda", "none")
+
+
+def sources() -> list[str]:
+    return sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
+
+
+def import_torch_of_target() -> None:
+    # An isolated build hides the environment it installs into, yet the extension has to match the torch it will run
+    # with, which is the one over there.
+    sys.path.append(sysconfig.get_path("purelib"))
+    import torch.utils.cpp_extension  # noqa: F401
+
+
+def extension(choice: str) -> Extension:
+    """The extension that `choice` asks for; raises RuntimeError or ImportError where it cannot be built."""
+    import_torch_of_target()
+    import torch
+    from torch.utils import cpp_extension
+
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        raise RuntimeError(f"no C++ compiler: {compiler!r} is not on PATH")
+    cuda = cpp_extension.CUDA_HOME is not None and torch.version.cuda is not None
+    if choice == "cuda" and not cuda:
+        raise RuntimeError(f"no CUDA build: torch.version.cuda is {torch.version.cuda}, nvcc in {cpp_extension.CUDA_HOME}")
+    with_cuda = cuda and choice != "cpu"
+    debug = os.environ.get("FASTOPT_DEBUG") == "1"
+    print(f"fastopt: building the extension for {'CUDA and CPU' if with_cuda else 'CPU'}, torch {torch.__version__}")
+    # -fopenmp while compiling only: at::parallel_for needs the pragmas, and torch brings the one OpenMP runtime.
+    flags = ["-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags += ["-O0", "-g"] if debug else ["-O3", "-g0"]
+    flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]  # warnings are for our code
+    kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    return kind(
+        "fastopt._C",
+        sources(),
+        extra_compile_args={"cxx": flags + ["-DFASTOPT_WITH_CUDA"] * with_cuda},
+    )
+
+
+def build_options() -> dict:
+    choice = os.environ.get("FASTOPT_BUILD", "auto")
+    if choice not in CHOICES:
+        raise SystemExit(f"fastopt: FASTOPT_BUILD={choice!r} is none of {', '.join(CHOICES)}")
+    if choice == "none":
+        return {}
+    try:
+        built = extension(choice)
+    except (ImportError, RuntimeError) as cause:
+        if choice != "auto":
+            raise SystemExit(f"fastopt: FASTOPT_BUILD={choice}: {cause}") from cause
+        warnings.warn(f"fastopt: building the pure-Python package, slower and with the same results: {cause}", stacklevel=1)
+        return {}
+    from torch.utils.cpp_extension import BuildExtension
+
+    return {"ext_modules": [built], "cmdclass": {"build_ext": BuildExtension}}
+
+
+setup(**build_options())
