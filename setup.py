@@ -41,7 +41,9 @@ def extension(choice: str) -> Extension:
         raise RuntimeError(f"no C++ compiler: {compiler!r} is not on PATH")
     cuda = cpp_extension.CUDA_HOME is not None and torch.version.cuda is not None
     if choice == "cuda" and not cuda:
-        raise RuntimeError(f"no CUDA build: torch.version.cuda is {torch.version.cuda}, nvcc in {cpp_extension.CUDA_HOME}")
+        raise RuntimeError(
+            f"no CUDA build: torch.version.cuda is {torch.version.cuda}, nvcc in {cpp_extension.CUDA_HOME}"
+        )
     with_cuda = cuda and choice != "cpu"
     debug = os.environ.get("FASTOPT_DEBUG") == "1"
     print(f"fastopt: building the extension for {'CUDA and CPU' if with_cuda else 'CPU'}, torch {torch.__version__}")
@@ -68,7 +70,9 @@ def build_options() -> dict:
     except (ImportError, RuntimeError) as cause:
         if choice != "auto":
             raise SystemExit(f"fastopt: FASTOPT_BUILD={choice}: {cause}") from cause
-        warnings.warn(f"fastopt: building the pure-Python package, slower and with the same results: {cause}", stacklevel=1)
+        warnings.warn(
+            f"fastopt: building the pure-Python package, slower and with the same results: {cause}", stacklevel=1
+        )
         return {}
     from torch.utils.cpp_extension import BuildExtension
 

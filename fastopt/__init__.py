@@ -1,6 +1,6 @@
 """Loads, saves, casts and moves very large PyTorch optimizer states, with torch's meaning at the memory's speed."""
 
-from fastopt.backend import BackendInfo, backend
+from fastopt.backends import BackendInfo, backend
 from fastopt.batch import copy_, to
 from fastopt.patch import install, installed, uninstall
 from fastopt.report import LoadReport

@@ -5,17 +5,15 @@ from typing import Any
 
 import torch
 
-from fastopt.backend import current
+from fastopt.backends import current
 
 
-def copy_(
-    dsts: Iterable[torch.Tensor], srcs: Iterable[torch.Tensor], *, non_blocking: bool = False
-) -> None:
+def copy_(dsts: Iterable[torch.Tensor], srcs: Iterable[torch.Tensor], *, non_blocking: bool = False) -> None:
     """Copy each source into its destination, as `dst.copy_(src)` does, in one batched call.
 
-    Any mix of dtypes, strides and devices. The values are those of `dst.copy_(src)`, to the bit for what is not NaN; the
-    destinations' version counters move as with it. Plain CPU tensors are copied by all threads together; other pairs one
-    by one through torch, before those.
+    Any mix of dtypes, strides and devices. The values are those of `dst.copy_(src)`, to the bit for what is not NaN;
+    the destinations' version counters move as with it. Plain CPU tensors are copied by all threads together; other
+    pairs one by one through torch, before those.
 
     Args:
         dsts: tensors to write.

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastopt.backend import backend
+from fastopt.backends import backend
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,11 +30,11 @@ _installed: _Installed | None = None
 
 
 def _replacement(original: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that runs `fast` while fastopt is installed, and `original` where something else still holds on to it."""
+    """A method that runs `fast` while fastopt is installed, and `original` for whoever holds on to it longer."""
 
     # Like torch's methods, not for dynamo to trace; the decorator loads dynamo only when it is called. The parameters
     # keep torch's names, as torch.distributed.checkpoint binds them by keyword.
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs) if _installed is None else fast(*args, **kwargs)
@@ -51,7 +51,7 @@ def _load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
     load(self, state_dict, copy=_installed is not None and _installed.copy)
 
 
-_FAST = {"state_dict": _state_dict, "load_state_dict": _load_state_dict}
+_FAST: dict[str, Callable[..., Any]] = {"state_dict": _state_dict, "load_state_dict": _load_state_dict}
 
 
 def install(*, copy: bool = False) -> None:

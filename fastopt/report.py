@@ -25,7 +25,7 @@ class LoadReport:
     seconds: float = 0.0
     """Wall time, hooks and the optimizer's own `__setstate__` included."""
     casts: dict[tuple[torch.dtype, torch.dtype], CastCount] = field(default_factory=dict)
-    """Tensors that were written anew, by saved and final dtype; equal dtypes where they were copied or changed device."""
+    """Tensors that were written anew, by saved and final dtype; equal ones where they were copied or moved."""
     copied: int = 0
     """Tensors that needed no cast and were copied, as `copy=True` asks."""
     shared: int = 0

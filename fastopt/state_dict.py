@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from fastopt.backend import current, python
-from fastopt.backend.interface import Backend, Group, State
+from fastopt.backends import current, python
+from fastopt.backends.interface import Backend, Group, State
 from fastopt.errors import describe_parameter, describe_tensor
 from fastopt.report import LoadReport
 
@@ -60,11 +60,11 @@ def pack_group(group: Group, indices: list[int]) -> Group:
     return packed
 
 
-def load_state_dict(optimizer: Optimizer, state_dict: Mapping[str, Any], *, copy: bool = True) -> LoadReport:
+def load_state_dict(optimizer: Optimizer, state_dict: StateDict, *, copy: bool = True) -> LoadReport:
     """Load a state into an optimizer as `torch.optim.Optimizer.load_state_dict` does.
 
-    Floating state is cast to the dtype of its parameter, all state moves to the device of its parameter; `step` stays as
-    it was saved unless its group is `capturable` or `fused`.
+    Floating state is cast to the dtype of its parameter, all state moves to the device of its parameter; `step` stays
+    as it was saved unless its group is `capturable` or `fused`.
 
     Args:
         optimizer: the optimizer to fill. Its groups go on holding the very same parameters.
@@ -92,11 +92,11 @@ def load_state_dict(optimizer: Optimizer, state_dict: Mapping[str, Any], *, copy
     return load(optimizer, state_dict, copy=copy)
 
 
-def load(optimizer: Optimizer, state_dict: Mapping[str, Any], *, copy: bool) -> LoadReport:
+def load(optimizer: Optimizer, state_dict: StateDict, *, copy: bool) -> LoadReport:
     """`load_state_dict` for callers that know which method of the optimizer they stand for."""
     started = time.perf_counter()
 
-    state_dict = state_dict.copy()  # type: ignore[attr-defined]  # any mapping that can be copied, as in torch
+    state_dict = state_dict.copy()  # any mapping that can be copied, as in torch
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         hook_result = pre_hook(optimizer, state_dict)
         if hook_result is not None:
@@ -104,9 +104,8 @@ def load(optimizer: Optimizer, state_dict: Mapping[str, Any], *, copy: bool) -> 
 
     groups = optimizer.param_groups
     saved_groups = copying.deepcopy(state_dict["param_groups"])
-    check_groups(saved_groups, groups)
 
-    params = id_map(saved_groups, groups)
+    params = id_map(saved_groups, groups)  # checks the groups first
     cast = Cast(groups, state_dict["param_groups"], copy)
     state = cast.backend.cast_state(state_dict["state"], params, cast)
 
@@ -168,13 +167,13 @@ class Cast:
     The native backend does the same for plain tensors in plain dicts, and asks here for everything else.
     """
 
-    def __init__(self, groups: Sequence[Group], saved_groups: Sequence[Group], copy: bool) -> None:
+    def __init__(self, groups: Sequence[Group], saved_groups: list[Group], copy: bool) -> None:
         self.groups = groups
         self.saved_groups = saved_groups
         self.memo: dict[int, Any] | None = {} if copy else None
         self.hosted_on_device = ids_with_step_on_device(saved_groups)
-        self.torch_policy_stands = is_torch_policy(Optimizer._process_value_according_to_param_policy)
-        self.backend: Backend = current() if self.torch_policy_stands else python
+        self.policy_stands = is_torchs_own(Optimizer._process_value_according_to_param_policy)
+        self.backend: Backend = current() if self.policy_stands else python
         self.report = LoadReport(self.backend.name)
 
     def entry(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None) -> Any:
@@ -201,7 +200,7 @@ class Cast:
     def tensor(self, param: torch.Tensor, value: torch.Tensor, saved_id: Any, key: Any) -> torch.Tensor:
         """Cast a tensor to the dtype and device that its parameter and its key ask for."""
         try:
-            if not self.torch_policy_stands:
+            if not self.policy_stands:
                 return self.tensor_by_patched_policy(param, value, saved_id, key)
             if key == "step":
                 hosted = saved_id in self.hosted_on_device
@@ -219,9 +218,7 @@ class Cast:
     ) -> torch.Tensor:
         """Cast a tensor as a replacement of torch's own policy says."""
         source = self.keep(value)
-        result = Optimizer._process_value_according_to_param_policy(
-            param, source, saved_id, self.saved_groups, key  # type: ignore[arg-type]
-        )
+        result = Optimizer._process_value_according_to_param_policy(param, source, saved_id, self.saved_groups, key)
         self.count_tensor(value, result, copied=result is source)
         return result
 
@@ -269,7 +266,8 @@ class Cast:
 def ids_with_step_on_device(saved_groups: Sequence[Group]) -> set[Any]:
     """Saved ids whose group asks for `step` on the parameter's device; of several groups with an id, the first decides.
 
-    https://github.com/pytorch/pytorch/issues/74424: `step` is not cast otherwise, as a low-precision step stops counting.
+    Otherwise `step` is not cast, as in low precision it stops counting:
+    https://github.com/pytorch/pytorch/issues/74424.
     """
     hosted: set[Any] = set()
     if not any(group.get("capturable", False) or group.get("fused", False) for group in saved_groups):
@@ -318,7 +316,7 @@ def bytes_of(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def is_torch_policy(function: Any) -> bool:
+def is_torchs_own(function: Any) -> bool:
     """Whether this is torch's own cast policy, and not one that somebody put in its place.
 
     Judged by the module it was compiled in: a wrapper may borrow the name, but not the globals.

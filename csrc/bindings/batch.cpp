@@ -18,8 +18,8 @@ namespace {
 c10::intrusive_ptr<c10::StorageImpl> new_storage(size_t bytes) {
   c10::Allocator* allocator = result_allocator();
   try {
-    return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
-                                                 allocator->allocate(bytes), allocator, /*resizable=*/true);
+    return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes, allocator->allocate(bytes),
+                                                 allocator, /*resizable=*/true);
   } catch (const c10::Error&) {
     return {};
   }

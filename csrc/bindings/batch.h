@@ -9,8 +9,8 @@
 
 namespace fastopt {
 
-// Collects copies between plain tensors (Note [Plain tensors]) and keeps both sides alive. What `cast` and `clone` return
-// has its final size, strides and dtype at once, and its values after `run`.
+// Collects copies between plain tensors (Note [Plain tensors]) and keeps both sides alive. What `cast` and `clone`
+// return has its final size, strides and dtype at once, and its values after `run`.
 class Batch {
  public:
   // Lists a copy of `src` into a new tensor as `src.to(dtype, copy=True)` would make it: dense strides are kept.

@@ -8,8 +8,8 @@ namespace fastopt {
 // Note [Result memory]
 // A large result is written once, from end to end, right after it is allocated: what it costs is its fresh pages. So it
 // gets a mapping of its own, aligned to 2 MiB and advised to use huge pages, which halve that cost where the system has
-// them and change nothing where it has not; the mapping goes back to the system with the tensor. Small results come from
-// torch's own CPU allocator.
+// them and change nothing where it has not; the mapping goes back to the system with the tensor. Small results come
+// from torch's own CPU allocator.
 c10::Allocator* result_allocator();
 
 }  // namespace fastopt

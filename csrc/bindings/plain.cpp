@@ -29,9 +29,8 @@ bool has_attributes(PyObject* object) {
 }  // namespace
 
 bool is_plain(const at::Tensor& tensor) {
-  constexpr c10::DispatchKeySet ordinary(
-      {c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU,
-       c10::DispatchKey::ADInplaceOrView});
+  constexpr c10::DispatchKeySet ordinary({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                          c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView});
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   // Raw bits: DispatchKeySet's own difference ignores the backend, and so would pass a meta tensor.
   if ((impl->key_set().raw_repr() & ~ordinary.raw_repr()) != 0 || !impl->has_storage()) {
@@ -45,8 +44,8 @@ bool is_plain(const at::Tensor& tensor) {
 }
 
 bool is_plainly_copied(PyObject* object, const at::Tensor& tensor) {
-  return is_plain(tensor) && !tensor.requires_grad() && !tensor.grad().defined() &&
-         tensor.storage().use_count() == 1 && !has_attributes(object);
+  return is_plain(tensor) && !tensor.requires_grad() && !tensor.grad().defined() && tensor.storage().use_count() == 1 &&
+         !has_attributes(object);
 }
 
 std::optional<CastDTypes> cast_dtypes(at::ScalarType src, at::ScalarType dst) {

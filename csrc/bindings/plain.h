@@ -12,9 +12,9 @@ namespace fastopt {
 
 // Note [Plain tensors]
 // The native path reads and writes memory directly, so it takes only tensors for which that is all there is to a cast:
-// exactly `torch.Tensor` (or `Parameter`) in Python, dense CPU memory, no pending conjugation or negation, no autograd, no
-// batching or functionalisation by a transform. The dispatch keys say all of this at once: any key beyond those of an
-// ordinary CPU tensor means that some handler wants to see the operation. Whatever is not provably plain goes to the
+// exactly `torch.Tensor` (or `Parameter`) in Python, dense CPU memory, no pending conjugation or negation, no autograd,
+// no batching or functionalisation by a transform. The dispatch keys say all of this at once: any key beyond those of
+// an ordinary CPU tensor means that some handler wants to see the operation. Whatever is not provably plain goes to the
 // Python rules, which ask torch.
 bool is_plain(const at::Tensor& tensor);
 

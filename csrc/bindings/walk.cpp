@@ -1,8 +1,8 @@
 // The walk over the saved state: one pass that reads the dicts, allocates the results and lists the copies.
 //
-// The rules are those of `fastopt/state_dict.py`, for values that are plain (Note [Plain tensors]) in exact dicts keyed by
-// str and in exact lists. Any other value is put off: its place is held by None, and the caller fills it by the Python
-// rule after the copies have run, so that nothing in Python ever sees a tensor without its values.
+// The rules are those of `fastopt/state_dict.py`, for values that are plain (Note [Plain tensors]) in exact dicts keyed
+// by str and in exact lists. Any other value is put off: its place is held by None, and the caller fills it by the
+// Python rule after the copies have run, so that nothing in Python ever sees a tensor without its values.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -183,7 +183,8 @@ class Walk {
     const at::Tensor& tensor = THPVariable_Unpack(object);
     at::ScalarType dtype = to_floating_ ? param_dtype_ : tensor.scalar_type();
     if (key != nullptr && is_step(key)) {
-      const int hosted = hosted_on_device_.is_none() ? 0 : PySequence_Contains(hosted_on_device_.ptr(), saved_id_.ptr());
+      const int hosted =
+          hosted_on_device_.is_none() ? 0 : PySequence_Contains(hosted_on_device_.ptr(), saved_id_.ptr());
       if (hosted < 0) {
         throw py::error_already_set();
       }
@@ -228,8 +229,8 @@ class Walk {
     return wrapped;
   }
 
-  // Puts a result into its place, or None and a note of it where there is none yet. `key` is the value's own key for the
-  // step rule, which the outermost value does not have.
+  // Puts a result into its place, or None and a note of it where there is none yet. `key` is the value's own key for
+  // the step rule, which the outermost value does not have.
   void put_result(const py::dict& container, const py::object& slot, const py::object& value, py::object result,
                   const py::object& key = py::none()) {
     const bool deferred = !result;
@@ -269,7 +270,7 @@ class Walk {
 //    deferred: (container, slot, parameter or None, value, saved id, key or None) for each value put off.
 //    counts: (from dtype, to dtype, tensors, bytes read, bytes written), copies without a cast included.
 py::object cast_state(const py::dict& saved_state, const py::dict& id_map, const py::object& hosted_on_device,
-                     const py::object& memo, const py::dict& state) {
+                      const py::object& memo, const py::dict& state) {
   const PausedCollector paused;
   Walk walk(hosted_on_device, memo, state);
   bool native = true;

@@ -1,8 +1,8 @@
 // The loop that every cast kernel is, for vectors of any width.
 //
-// `Vector` offers `kWidth`, `load(const T*)` to `kWidth` float32 lanes, and `store(T*, lanes)` for each floating dtype T.
-// Included by one file per instruction set, after that file has set its target: everything here has internal linkage,
-// or the linker might keep the copy that the machine cannot run.
+// `Vector` offers `kWidth`, `load(const T*)` to `kWidth` float32 lanes, and `store(T*, lanes)` for each floating dtype
+// T. Included by one file per instruction set, after that file has set its target: everything here has internal
+// linkage, or the linker might keep the copy that the machine cannot run.
 #pragma once
 
 #include <cstdint>

@@ -16,9 +16,7 @@ struct Kernels {
   // table[src][dst]; null where no kernel exists (Byte goes only to Byte).
   std::array<std::array<CastFn, kDTypes>, kDTypes> table;
 
-  CastFn find(DType src, DType dst) const {
-    return table[static_cast<size_t>(src)][static_cast<size_t>(dst)];
-  }
+  CastFn find(DType src, DType dst) const { return table[static_cast<size_t>(src)][static_cast<size_t>(dst)]; }
 };
 
 // One a file, so that each is compiled for its own instruction set and nothing else is.

@@ -32,8 +32,8 @@ static inline float to_float(float16 value) {
   const uint32_t exponent = magnitude & exponent_mask;
   const uint32_t rebiased = magnitude + (112u << 23);
   // Subnormal: the bits are a fraction of 2^-14; adding the hidden one and subtracting it as a float normalises them.
-  const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(rebiased + (1u << 23)) -
-                                                     std::bit_cast<float>(113u << 23));
+  const uint32_t subnormal =
+      std::bit_cast<uint32_t>(std::bit_cast<float>(rebiased + (1u << 23)) - std::bit_cast<float>(113u << 23));
   const uint32_t finite = exponent == 0 ? subnormal : rebiased;
   const uint32_t result = exponent == exponent_mask ? rebiased + (112u << 23) : finite;
   return std::bit_cast<float>(result | static_cast<uint32_t>(value.bits & 0x8000u) << 16);

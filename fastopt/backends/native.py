@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from fastopt import _C
-from fastopt.backend import python
-from fastopt.backend.interface import Rules, State
+from fastopt.backends import python
+from fastopt.backends.interface import Rules, State
 
 name = "native"
 

@@ -15,8 +15,10 @@ class Rules(Protocol):
 
     memo: dict[int, Any] | None
     """The memo of `copy.deepcopy` where the optimizer must share nothing with the saved dict; None where it may."""
-    hosted_on_device: Set[Any]
-    """Saved ids whose `step` belongs on the parameter's device, in float32."""
+
+    @property
+    def hosted_on_device(self) -> Set[Any]:
+        """Saved ids whose `step` belongs on the parameter's device, in float32."""
 
     def entry(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None) -> Any:
         """The value of a parameter's state under `key`, or its whole state; errors name the parameter."""

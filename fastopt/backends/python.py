@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastopt.backend.interface import Rules, State
+from fastopt.backends.interface import Rules, State
 from fastopt.errors import describe_tensor
 
 name = "python"
@@ -81,8 +81,7 @@ def check_pairs(dsts: list[torch.Tensor], srcs: list[torch.Tensor]) -> None:
                 raise TypeError(f"copy_: {role} {index} is a {type(tensor).__name__}, not a tensor")
         if dst.shape != src.shape:
             raise ValueError(
-                f"copy_: entry {index}: the source's shape {list(src.shape)} "
-                f"is not the destination's {list(dst.shape)}"
+                f"copy_: entry {index}: the source's shape {list(src.shape)} is not the destination's {list(dst.shape)}"
             )
 
 
@@ -112,9 +111,19 @@ def dense_span(tensor: torch.Tensor) -> tuple[int, int] | None:
     """First and last address of a dense tensor in memory that can be compared, or None."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
         return None
-    if tensor.is_meta or tensor.numel() == 0 or not torch._prims_common.is_non_overlapping_and_dense(tensor):
+    if tensor.is_meta or tensor.numel() == 0 or not is_dense(tensor):
         return None
     return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in any order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def same_view(dst: torch.Tensor, src: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The choice between the native and the pure-Python backend, made once at import and public.
 
-FASTOPT_BACKEND=auto (default) takes the extension where it is there; `native` raises ImportError with the cause where it
-is not; `python` does without it.
+FASTOPT_BACKEND=auto (default) takes the extension where it is there; `native` raises ImportError with the cause where
+it is not; `python` does without it.
 """
 
 import importlib.util
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils._device import DeviceContext
 
-from fastopt.backend import python
-from fastopt.backend.interface import Backend
+from fastopt.backends import python
+from fastopt.backends.interface import Backend
 
 CHOICES = ("auto", "native", "python")
 
@@ -90,7 +90,7 @@ def _choose(choice: str) -> tuple[Backend, str]:
     if choice == "auto" and importlib.util.find_spec("fastopt._C") is None:
         return python, "the extension was not built"
     try:
-        from fastopt.backend import native
+        from fastopt.backends import native
     except ImportError as error:
         if choice == "native":
             raise
