@@ -1,26 +1,28 @@
 #include "batch.h"
 
 #include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/StorageImpl.h>
 #include <c10/util/Exception.h>
 #include <pybind11/pybind11.h>
 
+#include <new>
 #include <utility>
 
 #include "../core/cpu_target.h"
-#include "memory.h"
 #include "plain.h"
 
 namespace fastopt {
 namespace {
 
-// A storage of result memory, or null where the allocator has none to give.
-c10::intrusive_ptr<c10::StorageImpl> new_storage(size_t bytes) {
-  c10::Allocator* allocator = result_allocator();
+// A storage of result memory, or null where there is none to be had. It resizes like any other CPU storage.
+c10::intrusive_ptr<c10::StorageImpl> new_storage(ResultMemory& memory, size_t bytes) {
   try {
-    return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes, allocator->allocate(bytes),
-                                                 allocator, /*resizable=*/true);
+    return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes, memory.allocate(bytes),
+                                                 c10::GetCPUAllocator(), /*resizable=*/true);
   } catch (const c10::Error&) {
+    return {};
+  } catch (const std::bad_alloc&) {
     return {};
   }
 }
@@ -54,7 +56,7 @@ at::Tensor Batch::cast(const at::Tensor& src, at::ScalarType dtype) {
   if (!dtypes || !is_dense(src)) {
     return {};
   }
-  auto storage = new_storage(static_cast<size_t>(src.numel()) * c10::elementSize(dtype));
+  auto storage = new_storage(memory_, static_cast<size_t>(src.numel()) * c10::elementSize(dtype));
   if (!storage) {
     return {};
   }
@@ -65,7 +67,7 @@ at::Tensor Batch::cast(const at::Tensor& src, at::ScalarType dtype) {
 
 at::Tensor Batch::clone(const at::Tensor& src) {
   const c10::Storage& from = src.storage();
-  auto storage = new_storage(from.nbytes());
+  auto storage = new_storage(memory_, from.nbytes());
   if (!storage) {
     return {};
   }

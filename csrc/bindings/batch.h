@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../core/run.h"
+#include "memory.h"
 
 namespace fastopt {
 
@@ -30,6 +31,7 @@ class Batch {
  private:
   void add(const at::Tensor& dst, const at::Tensor& src, Job job);
 
+  ResultMemory memory_;
   std::vector<Job> jobs_;
   std::vector<at::Tensor> alive_;
 };

@@ -1,8 +1,11 @@
 // Numbering parameters for a saved dict, and finding them again.
+#include <c10/util/flat_hash_map.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <unordered_map>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "bindings.h"
 
@@ -19,23 +22,54 @@ py::object as_sequence(py::handle object) {
   return py::reinterpret_steal<py::object>(fast);
 }
 
-using Indices = std::unordered_map<PyObject*, Py_ssize_t>;
+// Parameters by number: the int objects that stand in the packed lists, and which of them is whose.
+class Numbering {
+ public:
+  explicit Numbering(size_t params) { index_of_.reserve(params); }
 
-// A parameter that stands twice in one group gets the later index; over several groups the first wins.
-py::list index_group(const py::object& params, Py_ssize_t start, Indices& indices) {
-  const Py_ssize_t size = PySequence_Fast_GET_SIZE(params.ptr());
-  PyObject** items = PySequence_Fast_ITEMS(params.ptr());
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    const auto [entry, added] = indices.try_emplace(items[i], start + i);
-    if (!added && entry->second >= start) {
-      entry->second = start + i;
+  // A parameter that stands twice in one group gets the later index; over several groups the first wins.
+  py::list add_group(const py::object& params) {
+    const auto size = static_cast<size_t>(PySequence_Fast_GET_SIZE(params.ptr()));
+    PyObject** items = PySequence_Fast_ITEMS(params.ptr());
+    const size_t start = ints_.size();
+    for (size_t i = 0; i < size; ++i) {
+      ints_.push_back(py::int_(start + i));
+      const auto [entry, added] = index_of_.emplace(items[i], start + i);
+      if (!added && entry->second >= start) {
+        entry->second = start + i;
+      }
     }
+    py::list packed(size);
+    for (size_t i = 0; i < size; ++i) {
+      PyList_SET_ITEM(packed.ptr(), static_cast<Py_ssize_t>(i), find(items[i]).inc_ref().ptr());
+    }
+    return packed;
   }
-  py::list packed(static_cast<size_t>(size));
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    packed[static_cast<size_t>(i)] = py::int_(indices.at(items[i]));
+
+  // The index of a parameter as an int object; null for a tensor that stands in no group.
+  py::handle find(PyObject* param) const {
+    const auto found = index_of_.find(param);
+    return found == index_of_.end() ? py::handle() : py::handle(ints_[found->second]);
   }
-  return packed;
+
+ private:
+  ska::flat_hash_map<PyObject*, size_t> index_of_;
+  std::vector<py::object> ints_;
+};
+
+void set_item(const py::dict& dict, py::handle key, py::handle value) {
+  if (PyDict_SetItem(dict.ptr(), key.ptr(), value.ptr()) != 0) {
+    throw py::error_already_set();
+  }
+}
+
+// The key itself, of a state that belongs to no parameter. A tensor is none: torch raises KeyError with its id.
+py::object own_key(py::object key) {
+  if (THPVariable_Check(key.ptr())) {
+    PyErr_SetObject(PyExc_KeyError, py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(key.ptr())).ptr());
+    throw py::error_already_set();
+  }
+  return key;
 }
 
 }  // namespace
@@ -43,31 +77,22 @@ py::list index_group(const py::object& params, Py_ssize_t start, Indices& indice
 // Numbers the parameters and keys the state by number, as `Optimizer.state_dict` does.
 // -> (one list of indices a group, packed state)
 py::tuple index_state(const py::list& param_lists, const py::dict& state) {
-  Indices indices;
+  Numbering numbering(state.size());
   py::list packed_lists;
-  Py_ssize_t start = 0;
   for (const py::handle& params : param_lists) {
-    py::list packed = index_group(as_sequence(params), start, indices);
-    start += PyList_GET_SIZE(packed.ptr());
-    packed_lists.append(std::move(packed));
+    packed_lists.append(numbering.add_group(as_sequence(params)));
   }
   py::dict packed_state;
   PyObject* key = nullptr;
   PyObject* value = nullptr;
   Py_ssize_t position = 0;
   while (PyDict_Next(state.ptr(), &position, &key, &value)) {
-    const auto held = py::reinterpret_borrow<py::object>(value);
-    py::object packed_key = py::reinterpret_borrow<py::object>(key);
-    if (THPVariable_Check(key)) {
-      const auto found = indices.find(key);
-      if (found == indices.end()) {
-        PyErr_SetObject(PyExc_KeyError, py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(key)).ptr());
-        throw py::error_already_set();
-      }
-      packed_key = py::int_(found->second);
-    }
-    if (PyDict_SetItem(packed_state.ptr(), packed_key.ptr(), held.ptr()) != 0) {
-      throw py::error_already_set();
+    // The address alone tells a parameter: with 100,000 of them, looking at each would be a cache miss each.
+    const py::handle index = numbering.find(key);
+    if (index) {
+      set_item(packed_state, index, value);
+    } else {
+      set_item(packed_state, own_key(py::reinterpret_borrow<py::object>(key)), py::reinterpret_borrow<py::object>(value));
     }
   }
   return py::make_tuple(packed_lists, packed_state);
@@ -85,9 +110,7 @@ py::dict id_map(const py::list& saved_lists, const py::list& param_lists) {
         throw std::invalid_argument("id_map: group " + std::to_string(group) + " has more saved ids than parameters");
       }
       const auto param = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(params.ptr(), i));
-      if (PyDict_SetItem(map.ptr(), id.ptr(), param.ptr()) != 0) {
-        throw py::error_already_set();
-      }
+      set_item(map, id, param);
     }
   }
   return map;

@@ -8,7 +8,6 @@
 #endif
 
 #include <cstdint>
-#include <cstring>
 #include <memory>
 
 namespace fastopt {
@@ -48,26 +47,25 @@ c10::DataPtr map_huge(size_t bytes) {
   return {address, mapping.release(), &unmap, c10::Device(c10::DeviceType::CPU)};
 }
 
-class ResultAllocator final : public c10::Allocator {
- public:
-  c10::DataPtr allocate(size_t bytes) override {
-    return bytes >= kLarge ? map_huge(bytes) : c10::GetCPUAllocator()->allocate(bytes);
-  }
-
-  void copy_data(void* dest, const void* src, size_t count) const override { std::memcpy(dest, src, count); }
-};
-
 #endif
+
+void release_piece(void* slab) {
+  release(static_cast<Slab*>(slab));
+}
 
 }  // namespace
 
-c10::Allocator* result_allocator() {
+c10::DataPtr ResultMemory::allocate(size_t bytes) {
+  if (bytes > 0 && bytes <= SlabArena::kLargestPiece) {
+    const Piece piece = small_.take(bytes);
+    return {piece.data, piece.owner, &release_piece, c10::Device(c10::DeviceType::CPU)};
+  }
 #if defined(__linux__)
-  static ResultAllocator allocator;
-  return &allocator;
-#else
-  return c10::GetCPUAllocator();
+  if (bytes >= kLarge) {
+    return map_huge(bytes);
+  }
 #endif
+  return c10::GetCPUAllocator()->allocate(bytes);
 }
 
 }  // namespace fastopt

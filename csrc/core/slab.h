@@ -1,0 +1,39 @@
+// Memory for many small results: pieces of shared slabs, each slab freed when its last piece is.
+#pragma once
+
+#include <cstddef>
+
+namespace fastopt {
+
+class Slab;
+
+struct Piece {
+  void* data;   // 64-byte aligned
+  Slab* owner;  // to be handed to `release` once
+};
+
+// Hands out pieces of one slab after another, from one thread. Slabs grow from a few KiB to `kLargestSlab`, so that a
+// small batch takes little and a surviving piece of a large one pins no more than its slab.
+class SlabArena {
+ public:
+  static constexpr size_t kLargestSlab = size_t{1} << 20;
+  static constexpr size_t kLargestPiece = size_t{32} << 10;
+
+  SlabArena() = default;
+  ~SlabArena();
+  SlabArena(const SlabArena&) = delete;
+  SlabArena& operator=(const SlabArena&) = delete;
+
+  // `bytes` is at most kLargestPiece. Throws std::bad_alloc.
+  Piece take(size_t bytes);
+
+ private:
+  Slab* slab_ = nullptr;
+  size_t used_ = 0;
+  size_t size_ = 0;
+};
+
+// Gives a piece back, from any thread.
+void release(Slab* slab) noexcept;
+
+}  // namespace fastopt
