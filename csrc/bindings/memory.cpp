@@ -21,16 +21,16 @@ constexpr size_t kLarge = 2 * kHugePage;  // below this, rounding up to whole hu
 struct Mapping {
   void* address;
   size_t bytes;
-
-  ~Mapping() { munmap(address, bytes); }
 };
 
 void unmap(void* context) {
-  delete static_cast<Mapping*>(context);
+  const std::unique_ptr<Mapping> mapping(static_cast<Mapping*>(context));
+  munmap(mapping->address, mapping->bytes);
 }
 
 c10::DataPtr map_huge(size_t bytes) {
   const size_t wanted = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  auto mapping = std::make_unique<Mapping>();  // before the memory itself, which nothing would give back if this threw
   void* raw = mmap(nullptr, wanted + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   TORCH_CHECK(raw != MAP_FAILED, "fastopt: can't allocate memory: you tried to allocate ", bytes, " bytes");
   const auto start = reinterpret_cast<uintptr_t>(raw);
@@ -42,7 +42,7 @@ c10::DataPtr map_huge(size_t bytes) {
     munmap(reinterpret_cast<void*>(aligned + wanted), after);
   }
   auto* address = reinterpret_cast<void*>(aligned);
-  auto mapping = std::make_unique<Mapping>(Mapping{address, wanted});
+  *mapping = {address, wanted};
   madvise(address, wanted, MADV_HUGEPAGE);  // advice: where it is refused, ordinary pages serve
   return {address, mapping.release(), &unmap, c10::Device(c10::DeviceType::CPU)};
 }
