@@ -190,7 +190,8 @@ class Walk {
       }
       dtype = hosted ? at::kFloat : tensor.scalar_type();
     }
-    if (!is_plain(tensor)) {
+    // Outside of grad mode a tensor that requires grad is plain to a cast, but not to the deep copy that comes first.
+    if (!is_plain(tensor) || (!memo_.is_none() && tensor.requires_grad())) {
       return {};
     }
     if (dtype != tensor.scalar_type()) {
