@@ -12,7 +12,10 @@ import torch
 
 def describe_tensor(tensor: torch.Tensor) -> str:
     """Dtype, shape and device, for an error: `float32 [3, 4] on cpu`."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+    try:
+        return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+    except Exception:  # a subclass or a mode that refuses even this must not hide the error being described
+        return f"a {type(tensor).__name__}"
 
 
 def describe_parameter(param: torch.Tensor, saved_id: Any, groups: Iterable[Mapping[str, Any]]) -> str:

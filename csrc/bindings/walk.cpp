@@ -7,9 +7,11 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <map>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "batch.h"
 #include "bindings.h"
@@ -20,7 +22,7 @@ namespace py = pybind11;
 namespace fastopt {
 namespace {
 
-constexpr int kMaxDepth = 64;  // deeper (or endless) nesting is Python's to judge, which raises RecursionError in time
+constexpr size_t kMaxDepth = 64;  // deeper nesting is Python's to judge, which has a stack limit that one can catch
 
 // The collector would run over and over on tens of thousands of new containers of which none is garbage.
 class PausedCollector {
@@ -107,7 +109,7 @@ class Walk {
     to_floating_ = at::isFloatingType(tensor.scalar_type());
     param_dtype_ = tensor.scalar_type();
     const bool native = tensor.device().is_cpu();
-    put_result(state_, param, value, native ? cast(value.ptr(), nullptr, 0) : py::object());
+    put_result(state_, param, value, native ? cast(value.ptr(), nullptr) : py::object());
   }
 
   // An entry for the Python rule as a whole. `param` is None where the id belongs to no parameter.
@@ -141,35 +143,40 @@ class Walk {
   }
 
   // The value as the optimizer will hold it; null where the Python rule has to say.
-  py::object cast(PyObject* value, PyObject* key, int depth) {
+  py::object cast(PyObject* value, PyObject* key) {
     if (is_atom(value)) {
       return py::reinterpret_borrow<py::object>(value);
     }
     if (Py_TYPE(value) == reinterpret_cast<PyTypeObject*>(THPVariableClass)) {
       return cast_tensor(value, key);
     }
-    if (depth < kMaxDepth && PyDict_CheckExact(value) && has_only_str_keys(value)) {
-      return cast_dict(value, depth);
+    const bool dict = PyDict_CheckExact(value) && has_only_str_keys(value);
+    if (!dict && !PyList_CheckExact(value)) {
+      return {};
     }
-    if (depth < kMaxDepth && PyList_CheckExact(value)) {
-      return cast_list(value, depth);
+    // A container inside itself never ends: Python's to judge as well, which raises RecursionError.
+    if (path_.size() == kMaxDepth || std::find(path_.begin(), path_.end(), value) != path_.end()) {
+      return {};
     }
-    return {};
+    path_.push_back(value);
+    py::object result = dict ? cast_dict(value) : cast_list(value);
+    path_.pop_back();
+    return result;
   }
 
-  py::object cast_dict(PyObject* dict, int depth) {
+  py::object cast_dict(PyObject* dict) {
     py::dict result;
     for_each_entry(dict, [&](const py::object& key, const py::object& value) {
-      put_result(result, key, value, cast(value.ptr(), key.ptr(), depth + 1), key);
+      put_result(result, key, value, cast(value.ptr(), key.ptr()), key);
     });
     return result;
   }
 
-  py::object cast_list(PyObject* list, int depth) {
+  py::object cast_list(PyObject* list) {
     py::list result;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
       const auto item = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(list, i));
-      py::object cast_item = cast(item.ptr(), nullptr, depth + 1);
+      py::object cast_item = cast(item.ptr(), nullptr);
       const bool deferred = !cast_item;
       result.append(deferred ? py::none() : cast_item);
       if (deferred) {
@@ -254,6 +261,7 @@ class Walk {
   py::object param_;
   at::ScalarType param_dtype_ = at::kFloat;
   bool to_floating_ = false;
+  std::vector<PyObject*> path_;  // the containers around the value being cast
 
   Batch batch_;
   py::list deferred_;
