@@ -16,6 +16,7 @@ from fastopt.backends import python
 from fastopt.backends.interface import Rules, State
 
 name = "native"
+_CPU = torch.device("cpu")  # unlike "cpu:0", which to torch is another device, and a copy
 
 
 def _check_build() -> None:
@@ -62,7 +63,8 @@ def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], 
 
 def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool) -> None:
     def leave_to_torch(indices: list[int]) -> None:
-        python.check_pairs([dsts[i] for i in indices], [srcs[i] for i in indices])
+        for index in indices:
+            python.check_pair(index, dsts[index], srcs[index])
         for index in indices:
             python.copy_entry(index, dsts[index], srcs[index], non_blocking)
 
@@ -71,7 +73,7 @@ def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool
 
 
 def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list[torch.Tensor]:
-    if torch.device(options.get("device", "cpu")).type != "cpu":
+    if options.get("device", _CPU) != _CPU:
         return python.to(tensors, options, copy)
     results = _C.to_plain(tensors, options.get("dtype"), copy)
     for index, result in enumerate(results):

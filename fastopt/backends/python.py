@@ -43,7 +43,8 @@ def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], 
 
 
 def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool) -> None:
-    check_pairs(dsts, srcs)
+    for index, (dst, src) in enumerate(zip(dsts, srcs, strict=True)):
+        check_pair(index, dst, src)
     check_overlap(dsts, srcs)
     for index, (dst, src) in enumerate(zip(dsts, srcs, strict=True)):
         copy_entry(index, dst, src, non_blocking)
@@ -73,16 +74,15 @@ def to_entry(index: int, tensor: torch.Tensor, options: dict[str, Any], copy: bo
         raise
 
 
-def check_pairs(dsts: list[torch.Tensor], srcs: list[torch.Tensor]) -> None:
-    """Raises TypeError or ValueError with the index of the first pair that cannot be copied."""
-    for index, (dst, src) in enumerate(zip(dsts, srcs, strict=True)):
-        for role, tensor in (("destination", dst), ("source", src)):
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"copy_: {role} {index} is a {type(tensor).__name__}, not a tensor")
-        if dst.shape != src.shape:
-            raise ValueError(
-                f"copy_: entry {index}: the source's shape {list(src.shape)} is not the destination's {list(dst.shape)}"
-            )
+def check_pair(index: int, dst: torch.Tensor, src: torch.Tensor) -> None:
+    """Raises TypeError or ValueError with the index of a pair that cannot be copied."""
+    for role, tensor in (("destination", dst), ("source", src)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"copy_: {role} {index} is a {type(tensor).__name__}, not a tensor")
+    if dst.shape != src.shape:
+        raise ValueError(
+            f"copy_: entry {index}: the source's shape {list(src.shape)} is not the destination's {list(dst.shape)}"
+        )
 
 
 def check_overlap(dsts: list[torch.Tensor], srcs: list[torch.Tensor]) -> None:
