@@ -24,7 +24,7 @@ setup: $(EXTENSION)
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
-	$(BIN)/python -m pip install --quiet --upgrade setuptools ninja
+	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja
 	FASTOPT_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,lint,bench]"
 	rm -f $(VENV)/.installed-torch-*
 	touch $@

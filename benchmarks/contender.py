@@ -1,0 +1,48 @@
+"""The process of one contender: builds the input, measures one call, and prints one line of JSON."""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from dataclasses import asdict
+
+import fastopt
+from benchmarks import memory, questions
+from benchmarks.question import AnyQuestion, Size
+from benchmarks.results import Measurement
+
+
+def measure(question: AnyQuestion, name: str, size: Size) -> Measurement:
+    contender = question.contender(name)
+    contender.prepare(question.build(**size | question.warm_up))()
+
+    before_input = memory.current_rss()
+    work = question.build(**size)
+    call = contender.prepare(work)
+    memory.touch(max(memory.current_rss() - before_input, work.bytes_written))
+    gc.collect()
+    memory.forget_peak()
+    before = memory.current_rss()
+
+    started = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - started
+
+    peak = memory.peak_rss()
+    del result  # freed after the clock has stopped
+    return Measurement(seconds, peak, peak - before, work.bytes_read, work.bytes_written, fastopt.backend().name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.contender", description=__doc__)
+    parser.add_argument("--question", required=True, choices=questions.names())
+    parser.add_argument("--contender", required=True)
+    parser.add_argument("--size", required=True, type=json.loads, help="arguments of the question's build, as JSON")
+    arguments = parser.parse_args()
+    measurement = measure(questions.find(arguments.question), arguments.contender, arguments.size)
+    sys.stdout.write(json.dumps(asdict(measurement)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

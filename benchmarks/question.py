@@ -1,0 +1,70 @@
+"""What a benchmark is made of: a question, the cases it is asked for, and the contenders that answer it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from benchmarks.results import Results
+
+Size = dict[str, Any]
+"""The arguments of `Question.build`; JSON carries them to the contender's process."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a contender is given. Questions subclass it with the tensors it is about."""
+
+    bytes_read: int
+    bytes_written: int
+
+
+WorkT = TypeVar("WorkT", bound=Work)
+
+
+@dataclass(frozen=True)
+class Case:
+    label: str
+    size: Size
+
+
+@dataclass(frozen=True)
+class Contender(Generic[WorkT]):
+    name: str
+    prepare: Callable[[WorkT], Callable[[], object]]
+    """Does what is not to be timed, and returns the call that is."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    rounds: Callable[[Size, int], int] = lambda size, rounds: rounds
+    """How many of the rounds it takes part in, for one that a case would keep busy for too long."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A number to hold a result against; it is printed, and nothing depends on it."""
+
+    text: str
+    target: str
+    measure: Callable[[Results], float | None]
+
+
+@dataclass(frozen=True)
+class Question(Generic[WorkT]):
+    title: str
+    cases: Sequence[Case]
+    quick: Sequence[Case]
+    """Small cases that show that everything runs."""
+    warm_up: Size
+    """What makes a case tiny. Each process first runs its case with these, so that what is done once only, like
+    imports, is not measured."""
+    build: Callable[..., WorkT]
+    contenders: Sequence[Contender[WorkT]]
+    baseline: str
+    """The contender that the others are compared with."""
+    goals: Sequence[Goal] = ()
+    plot: Callable[[Results, Path], None] | None = None
+
+    def contender(self, name: str) -> Contender[WorkT]:
+        return next(contender for contender in self.contenders if contender.name == name)
+
+
+AnyQuestion = Question[Any]

@@ -1,0 +1,51 @@
+"""Loading the state of very many small parameters, where the work is in the walk and not in the bytes."""
+
+from benchmarks import goals, plots
+from benchmarks.optimizers import (
+    COPYING,
+    FASTOPT_LOADERS,
+    LINEAR,
+    LINEAR_LOADER,
+    PYTHON,
+    PYTHON_LOADER,
+    SHARING,
+    STOCK,
+    load_work,
+    stock_loader,
+)
+from benchmarks.question import Case, Question, Size
+
+ELEMENTS = 64
+
+
+def cases(*counts: int) -> list[Case]:
+    return [Case(f"{count:,} parameters", {"parameters": count, "elements": ELEMENTS}) for count in counts]
+
+
+def stock_rounds(size: Size, rounds: int) -> int:
+    """Minutes at 100,000, and hours at 1,000,000."""
+    if size["parameters"] > 100_000:
+        return 0
+    return rounds if size["parameters"] <= 30_000 else 1
+
+
+CASES = cases(10_000, 30_000, 100_000, 1_000_000)
+
+QUESTION = Question(
+    title="load_state_dict of AdamW, 64 elements a parameter, float32 to bfloat16",
+    cases=CASES,
+    quick=cases(300, 1_000, 3_000),
+    warm_up={"parameters": 10},
+    build=load_work,
+    contenders=(stock_loader(stock_rounds), LINEAR_LOADER, *FASTOPT_LOADERS, PYTHON_LOADER),
+    baseline=STOCK,
+    goals=(
+        goals.faster(CASES[1], SHARING, STOCK, 100),
+        goals.faster(CASES[1], COPYING, STOCK, 100),
+        goals.faster(CASES[2], SHARING, STOCK, 500),
+        goals.faster(CASES[2], COPYING, STOCK, 500),
+        goals.constant(CASES, SHARING, "parameters", 1.3),
+        goals.constant(CASES, COPYING, "parameters", 1.3),
+    ),
+    plot=plots.time_over("parameters", STOCK, LINEAR, PYTHON, COPYING, SHARING),
+)

@@ -1,0 +1,315 @@
+"""Input that cannot be loaded: torch's own error, and the optimizer exactly as it was."""
+
+import copy as copying
+import gc
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import fastopt
+from tests.oracle import (
+    Bare,
+    Comparison,
+    adam,
+    assert_same_error,
+    fingerprint,
+    outcome,
+    parameter,
+    torch_load,
+    trained,
+)
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+@pytest.fixture(params=[True, False], ids=["copied", "shared"])
+def copy(request):
+    return request.param
+
+
+def saved():
+    return trained(adam(), seed=1).state_dict()
+
+
+def load_both(make_optimizer, state_dict, copy, *, text=True):
+    """fastopt's error, which is torch's; neither changed the optimizer."""
+    errors = []
+    for load in (fastopt.load_state_dict, torch_load):
+        optimizer = make_optimizer()
+        before = fingerprint(optimizer)
+        _, error = outcome(lambda load=load, o=optimizer: load(o, state_dict, copy=copy))
+        assert error is not None
+        assert fingerprint(optimizer) == before
+        errors.append(error)
+    assert_same_error(*errors, text=text)
+    return errors[0]
+
+
+def change(**changes):
+    """A good state dict with entries replaced; None removes one."""
+
+    def make():
+        state_dict = saved()
+        for key, value in changes.items():
+            if value is None:
+                del state_dict[key]
+            else:
+                state_dict[key] = value(state_dict[key])
+        return state_dict
+
+    return make
+
+
+def change_group(**changes):
+    def changed(groups):
+        groups[0] = {key: value for key, value in (groups[0] | changes).items() if value is not None}
+        return groups
+
+    return change(param_groups=changed)
+
+
+def broken_last(value):
+    """Good values first, so that what was done before the error shows."""
+
+    def changed(state):
+        state[2] = {"good": torch.ones(3, dtype=torch.float64), **state[2], "broken": value}
+        return state
+
+    return change(state=changed)
+
+
+class Hashless:
+    __hash__ = None
+
+
+BAD = {
+    "too few groups": change(param_groups=lambda groups: groups[:-1]),
+    "too many groups": change(param_groups=lambda groups: [*groups, {"params": []}]),
+    "no groups": change(param_groups=lambda groups: []),
+    "too few parameters": change_group(params=[0]),
+    "too many parameters": change_group(params=[0, 1, 5]),
+    "no parameters": change_group(params=[]),
+    "missing param_groups": change(param_groups=None),
+    "missing state": change(state=None),
+    "missing params": change_group(params=None),
+    "groups that are None": change(param_groups=lambda groups: [None, None]),
+    "groups without a length": change(param_groups=lambda groups: 3),
+    "groups that are a dict": change(param_groups=lambda groups: dict(enumerate(groups))),
+    "params without a length": change_group(params=3),
+    "params that are a set": change_group(params={0, 1, 2}),
+    "state that is a list": change(state=lambda state: list(state.values())),
+    "state that is a tensor": change(state=lambda state: torch.ones(2)),
+    "state that is a str": change(state=lambda state: "state"),
+    "state that is a number": change(state=lambda state: 1),
+    "unhashable ids": change_group(params=[[0], [1]]),
+    "ids without a hash": change_group(params=[Hashless(), 1]),
+    "saved state on meta": broken_last(torch.empty(2, 2, device="meta")),
+    "saved state on meta in a list": broken_last([torch.empty(2, 2, device="meta")]),
+    "an iterator": broken_last(iter([1])),
+    "a list": lambda: [1, 2],
+    "None": lambda: None,
+    "a number": lambda: 1,
+    "an empty dict": dict,
+    "a str": lambda: "state dict",
+}
+
+
+# A text of Python's own that holds an address.
+WORDED_OTHERWISE = {"an iterator"}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_torchs_error_and_an_untouched_optimizer(name, copy):
+    error = load_both(lambda: trained(adam()), BAD[name](), copy, text=name not in WORDED_OTHERWISE)
+    assert not isinstance(error, AssertionError | SystemError)
+
+
+def test_group_size_error_names_the_group(copy):
+    error = load_both(lambda: trained(adam()), change_group(params=[0])(), copy)
+    assert "group 0" in "".join(error.__notes__)
+
+
+@pytest.mark.parametrize("ids", [["a", "b", "c"], [(1,), None, 2.5]])
+def test_ids_of_another_type_are_no_error(ids, copy):
+    state_dict = saved()
+    state_dict["state"] = dict(zip(ids, state_dict["state"].values(), strict=True))
+    for group, part in zip(state_dict["param_groups"], (ids[:-1], ids[-1:]), strict=True):
+        group["params"] = part
+    actual, expected = adam(), adam()
+    fastopt.load_state_dict(actual, state_dict, copy=copy)
+    torch_load(expected, state_dict, copy=copy)
+    Comparison().optimizers(actual, expected)
+
+
+def test_params_on_meta_are_no_error(copy):
+    def make_optimizer():
+        return Bare([torch.nn.Parameter(torch.empty(3, device="meta")) for _ in range(3)])
+
+    state_dict = saved() | {"param_groups": [{"params": [0, 1, 2]}]}
+    actual, expected = make_optimizer(), make_optimizer()
+    fastopt.load_state_dict(actual, state_dict, copy=copy)
+    torch_load(expected, state_dict, copy=copy)
+    Comparison().optimizers(actual, expected)
+
+
+def one_value(value):
+    return {
+        "state": {0: {"good": torch.ones(3, dtype=torch.float64), "broken": value}},
+        "param_groups": [{"params": [0]}],
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.quint8, torch.qint32])
+def test_quantized_tensors(dtype, copy):
+    param = parameter(3)
+    value = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, dtype)
+    load_both(lambda: Bare([param]), one_value(value), copy)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that is not there")
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
+def test_parameter_on_a_device_that_is_not_there(value_dtype, copy):
+    with FakeTensorMode():
+        param = torch.nn.Parameter(torch.empty(3, device="cuda", dtype=torch.bfloat16))
+    load_both(lambda: Bare([param]), one_value(torch.ones(3, dtype=value_dtype)), copy)
+
+
+def test_reference_cycles(copy):
+    for cycle in ({}, []):
+        if isinstance(cycle, dict):
+            cycle["self"] = cycle
+        else:
+            cycle.append(cycle)
+        for value in (cycle, {"inner": cycle}, [cycle]):
+            param = parameter(3)
+            error = load_both(lambda p=param: Bare([p]), one_value(value), copy, text=False)
+            assert isinstance(error, RecursionError)
+
+
+CYCLE_OF_TWO_WAYS = """
+    import torch, fastopt
+    fastopt.backends.use({backend!r})
+    cycle = {{}}
+    cycle["left"] = cycle["right"] = cycle
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+    state_dict = optimizer.state_dict() | {{"state": {{0: cycle}}}}
+    try:
+        fastopt.load_state_dict(optimizer, state_dict, copy={copy})
+    except RecursionError:
+        print("raised")
+"""
+
+
+def test_cycle_with_two_ways_ends(backend, copy):
+    """As torch goes only one way before it gives up, the number of ways must not matter."""
+    script = textwrap.dedent(CYCLE_OF_TWO_WAYS.format(backend=backend, copy=copy))
+    root = pathlib.Path(fastopt.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, cwd=root, check=True
+    )
+    assert done.stdout.strip() == "raised"
+
+
+def test_optimizer_without_groups(copy):
+    def make_optimizer():
+        optimizer = trained(adam())
+        del optimizer.param_groups
+        return optimizer
+
+    _, ours = outcome(lambda: fastopt.load_state_dict(make_optimizer(), saved(), copy=copy))
+    _, torchs = outcome(lambda: torch_load(make_optimizer(), saved(), copy=copy))
+    assert isinstance(torchs, AttributeError)
+    assert_same_error(ours, torchs)
+    _, ours = outcome(lambda: fastopt.state_dict(make_optimizer()))
+    _, torchs = outcome(lambda: torch.optim.Optimizer.state_dict(make_optimizer()))
+    assert_same_error(ours, torchs)
+
+
+def test_object_that_is_no_optimizer(copy):
+    _, ours = outcome(lambda: fastopt.load_state_dict(object(), saved(), copy=copy))
+    assert isinstance(ours, AttributeError | TypeError)
+
+
+def test_groups_that_changed_size_since_the_optimizer_was_built(copy):
+    def make_optimizer():
+        optimizer = trained(adam())
+        optimizer.param_groups[0]["params"].pop()
+        return optimizer
+
+    load_both(make_optimizer, saved(), copy)
+
+
+def test_error_in_a_hook(copy):
+    def make_optimizer():
+        optimizer = trained(adam())
+        optimizer.register_load_state_dict_pre_hook(lambda optimizer, given: given["none"])
+        return optimizer
+
+    load_both(make_optimizer, saved(), copy)
+
+
+class Uncopyable:
+    def __deepcopy__(self, memo):
+        raise ZeroDivisionError("not to be copied")
+
+
+@pytest.mark.parametrize("place", ["state", "unknown", "groups"])
+def test_values_that_cannot_be_copied(place):
+    state_dict = saved()
+    if place == "groups":
+        state_dict["param_groups"][0]["extra"] = Uncopyable()
+    else:
+        state_dict["state"][2 if place == "state" else "unknown"] = {"broken": Uncopyable()}
+    error = load_both(lambda: trained(adam()), state_dict, copy=True)
+    assert isinstance(error, ZeroDivisionError)
+
+
+def live_tensors():
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+def resident_bytes():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_failing_loads_leak_nothing(copy):
+    params = [parameter(1 << 14, dtype=torch.bfloat16) for _ in range(8)]
+    state = {i: {"exp_avg": torch.ones(1 << 14), "list": [torch.ones(1 << 10)]} for i in range(len(params))}
+    state[len(params) - 1]["broken"] = torch.empty(3, device="meta")
+    optimizer = Bare(params)
+    state_dict = {"state": state, "param_groups": [{"params": list(range(len(params)))}]}
+
+    def fail(times):
+        for _ in range(times):
+            with pytest.raises(NotImplementedError):
+                fastopt.load_state_dict(optimizer, state_dict, copy=copy)
+
+    fail(20)
+    tensors, resident = live_tensors(), resident_bytes()
+    times = 1000
+    fail(times)
+    one_load = sum(param.nbytes for param in params)
+    assert live_tensors() == tensors
+    assert resident_bytes() - resident < times * one_load / 10
+
+
+def test_optimizer_can_be_used_after_an_error(copy):
+    optimizer = trained(adam())
+    twin = copying.deepcopy(optimizer)
+    outcome(lambda: fastopt.load_state_dict(optimizer, BAD["saved state on meta"](), copy=copy))
+    trained(optimizer, seed=4)
+    trained(twin, seed=4)
+    Comparison().optimizers(optimizer, twin)
+    state_dict = saved()
+    fastopt.load_state_dict(optimizer, state_dict, copy=copy)
+    torch_load(twin, state_dict, copy=True)
+    Comparison().optimizers(optimizer, twin)

@@ -1,0 +1,49 @@
+"""csrc/core compiled and run by itself: without torch, without Python, under sanitizers."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CORE = ROOT / "csrc" / "core"
+TEST = ROOT / "tests" / "core" / "core_test.cpp"
+FLAGS = (
+    "-std=c++20",
+    "-Wall",
+    "-Wextra",
+    "-Wconversion",
+    "-Werror",
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-pthread",
+)
+
+
+def run(command: list[str], **variables: str) -> str:
+    done = subprocess.run(
+        command, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
+    return done.stdout
+
+
+@pytest.mark.parametrize(("sanitizers", "part"), [("address,undefined", ""), ("thread", "threads")])
+def test_the_core_alone_under(sanitizers: str, part: str, tmp_path: Path) -> None:
+    program = str(tmp_path / "core_test")
+    compiler = os.environ.get("CXX", "g++").split()
+    sources = [*sorted(str(path) for path in CORE.glob("*.cpp")), str(TEST)]
+    checks = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    run([*compiler, *FLAGS, *checks, f"-I{CORE}", *sources, "-o", program])
+    output = run([program, part], UBSAN_OPTIONS="print_stacktrace=1", TSAN_OPTIONS="halt_on_error=1")
+    passed = [line.split()[1] for line in output.splitlines() if line.startswith("ok ")]
+    expected = [name for name in declared_tests() if part in name]
+    assert expected
+    assert passed == expected
+
+
+def declared_tests() -> list[str]:
+    return re.findall(r"^void (test_\w+)\(", TEST.read_text(), flags=re.MULTILINE)
