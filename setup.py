@@ -1,10 +1,9 @@
 """Builds fastopt with its C++ extension, or without it where that cannot be built.
 
 FASTOPT_BUILD=auto (default)  the extension with CUDA where torch has CUDA and nvcc is there, else for the CPU,
-                              else the pure-Python package with a warning that says why
+                              else, without torch or a compiler, the pure-Python package with a warning that says why
              =cpu | cuda      that extension, or an error
              =none            the pure-Python package
-FASTOPT_DEBUG=1               assertions on, optimisation off
 """
 
 import os
@@ -20,13 +19,16 @@ CHOICES = ("auto", "cpu", "cuda", "none")
 
 
 def sources() -> list[str]:
-    return sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
+    found = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
+    if not found:
+        raise RuntimeError("no sources: csrc/ is not there")
+    return found
 
 
 def import_torch_of_target() -> None:
     # An isolated build hides the environment it installs into, yet the extension has to match the torch it will run
     # with, which is the one over there.
-    sys.path.append(sysconfig.get_path("purelib"))
+    sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     import torch.utils.cpp_extension  # noqa: F401
 
 
@@ -36,7 +38,7 @@ def extension(choice: str) -> Extension:
     import torch
     from torch.utils import cpp_extension
 
-    compiler = os.environ.get("CXX", "c++")
+    compiler = os.environ.get("CXX") or "c++"
     if shutil.which(compiler.split()[0]) is None:
         raise RuntimeError(f"no C++ compiler: {compiler!r} is not on PATH")
     cuda = cpp_extension.CUDA_HOME is not None and torch.version.cuda is not None
@@ -45,11 +47,13 @@ def extension(choice: str) -> Extension:
             f"no CUDA build: torch.version.cuda is {torch.version.cuda}, nvcc in {cpp_extension.CUDA_HOME}"
         )
     with_cuda = cuda and choice != "cpu"
-    debug = os.environ.get("FASTOPT_DEBUG") == "1"
-    print(f"fastopt: building the extension for {'CUDA and CPU' if with_cuda else 'CPU'}, torch {torch.__version__}")
+    print(
+        f"fastopt: building the extension for {'CUDA and CPU' if with_cuda else 'the CPU'}: FASTOPT_BUILD={choice}, "
+        f"torch {torch.__version__} built for CUDA {torch.version.cuda}, CUDA toolkit in {cpp_extension.CUDA_HOME}"
+    )
     # -fopenmp while compiling only: at::parallel_for needs the pragmas, and torch brings the one OpenMP runtime.
-    flags = ["-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    flags += ["-O0", "-g"] if debug else ["-O3", "-g0"]
+    flags = ["-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-O3", "-g0"]
+    flags += [f"-DFASTOPT_TORCH_VERSION={torch.__version__}"]  # on the command line: another torch rebuilds everything
     flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]  # warnings are for our code
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     return kind(

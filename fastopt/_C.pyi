@@ -1,15 +1,15 @@
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
 
 def index_state(
-    param_lists: list[list[torch.Tensor]], state: Mapping[Any, Any]
+    param_lists: list[list[torch.Tensor]], state: dict[Any, Any]
 ) -> tuple[list[list[int]], dict[Any, Any]]: ...
 def id_map(saved_lists: list[list[Any]], param_lists: list[list[torch.Tensor]]) -> dict[Any, torch.Tensor]: ...
 def cast_state(
-    saved_state: Mapping[Any, Any],
+    saved_state: dict[Any, Any],
     id_map: dict[Any, torch.Tensor],
     hosted_on_device: Set[Any] | None,
     memo: dict[int, Any] | None,

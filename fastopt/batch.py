@@ -22,7 +22,9 @@ def copy_(dsts: Iterable[torch.Tensor], srcs: Iterable[torch.Tensor], *, non_blo
 
     Raises:
         ValueError: the numbers or the shapes of a pair differ, or a destination overlaps another destination or a
-            source; the text names the entry. A pair of the very same tensor is no overlap.
+            source; the text names the entry. A pair of the very same tensor is no overlap. Only dense tensors are
+            judged: strided views may interleave, so where they might overlap, all pairs are copied in the order given.
+            The memory of a tensor subclass is not known and must be its own.
         TypeError: an entry is no tensor.
         RuntimeError: what torch raises for an entry, with a note that names it.
 
@@ -53,9 +55,13 @@ def to(
         One tensor each, in order; dense strides are kept.
 
     Raises:
-        TypeError: an entry is no tensor.
+        TypeError: an entry is no tensor, or `dtype` no dtype.
         RuntimeError: what torch raises for an entry, with a note that names it.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"to: dtype is a {type(dtype).__name__}, not a torch.dtype")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"to: dtype is a {type(dtype).__name__}, not a torch.dtype")
     options: dict[str, Any] = {}
     if dtype is not None:
         options["dtype"] = dtype

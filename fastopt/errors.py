@@ -25,7 +25,7 @@ def describe_parameter(param: torch.Tensor, saved_id: Any, groups: Iterable[Mapp
         for position, candidate in enumerate(group["params"]):
             if candidate is param:
                 names = group.get("param_names")
-                name = f" {names[position]!r}" if names else ""
+                name = f" {names[position]!r}" if names and position < len(names) else ""
                 return f"parameter {index}{name} ({describe_tensor(param)}), saved under id {saved_id!r}"
             index += 1
     return f"the parameter saved under id {saved_id!r}"

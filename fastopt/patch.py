@@ -27,6 +27,8 @@ class _Installed:
 
 _lock = threading.RLock()
 _installed: _Installed | None = None
+_replaced: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+"""By name: our method, and the one it stands for. Ours is known by identity, as a wrapper would copy any mark on it."""
 
 
 def _replacement(original: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,7 +41,6 @@ def _replacement(original: Callable[..., Any], fast: Callable[..., Any]) -> Call
     def method(*args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs) if _installed is None else fast(*args, **kwargs)
 
-    method.fastopt_original = original  # type: ignore[attr-defined]
     return method
 
 
@@ -90,9 +91,10 @@ def _set(wanted: _Installed | None) -> None:
     with _lock:
         for name in METHODS:
             method = getattr(Optimizer, name)
-            ours = hasattr(method, "fastopt_original")
-            if wanted is not None and not ours:
-                setattr(Optimizer, name, _replacement(method, _FAST[name]))
-            elif wanted is None and ours:
-                setattr(Optimizer, name, method.fastopt_original)
+            ours, original = _replaced.get(name, (None, None))
+            if wanted is not None and method is not ours:
+                _replaced[name] = _replacement(method, _FAST[name]), method
+                setattr(Optimizer, name, _replaced[name][0])
+            elif wanted is None and method is ours:
+                setattr(Optimizer, name, original)
         _installed = wanted

@@ -13,7 +13,7 @@ import copy as copying
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,8 +82,7 @@ def load_state_dict(optimizer: Optimizer, state_dict: StateDict, *, copy: bool =
 
     After any error but one of the optimizer's own `__setstate__` or of a post-hook, the optimizer is as it was.
     """
-    override = type(optimizer).load_state_dict
-    if override.__module__ not in (Optimizer.__module__, __name__):
+    if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
         warnings.warn(
             f"{type(optimizer).__qualname__} has a load_state_dict of its own, which fastopt.load_state_dict does not "
             "call; use fastopt.install() and the optimizer's own method to go through it",
@@ -108,6 +107,7 @@ def load(optimizer: Optimizer, state_dict: StateDict, *, copy: bool) -> LoadRepo
     params = id_map(saved_groups, groups)  # checks the groups first
     cast = Cast(groups, state_dict["param_groups"], copy)
     state = cast.backend.cast_state(state_dict["state"], params, cast)
+    cast.report.missing = missing_indices(state, groups, len(cast.report.unexpected))
 
     new_groups = [update_group(group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
     optimizer.__setstate__({"state": state, "param_groups": new_groups})
@@ -115,24 +115,26 @@ def load(optimizer: Optimizer, state_dict: StateDict, *, copy: bool) -> LoadRepo
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 
-    report = cast.report
-    report.missing = missing_indices(state, params, groups, len(report.unexpected))
-    report.seconds = time.perf_counter() - started
-    return report
+    cast.report.seconds = time.perf_counter() - started
+    return cast.report
 
 
 def check_groups(saved_groups: Sequence[Group], groups: Sequence[Group]) -> None:
     """Raise torch's ValueError where the numbers of groups, or of parameters in a group, differ."""
     if len(groups) != len(saved_groups):
         raise ValueError("loaded state dict has a different number of parameter groups")
-    sizes = [(len(group["params"]), len(saved["params"])) for group, saved in zip(groups, saved_groups, strict=True)]
-    for index, (size, saved_size) in enumerate(sizes):
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        try:
+            size, saved_size = len(group["params"]), len(saved["params"])
+        except Exception as error:
+            error.add_note(f"in param group {index}")
+            raise
         if size != saved_size:
-            error = ValueError(
+            mismatch = ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
             )
-            error.add_note(f"group {index}: {saved_size} parameters were saved, the optimizer has {size}")
-            raise error
+            mismatch.add_note(f"param group {index}: {saved_size} parameters were saved, the optimizer has {size}")
+            raise mismatch
 
 
 def id_map(saved_groups: Sequence[Group], groups: Sequence[Group]) -> dict[Any, torch.Tensor]:
@@ -150,7 +152,13 @@ def id_map(saved_groups: Sequence[Group], groups: Sequence[Group]) -> dict[Any, 
         TypeError: an id is not hashable.
     """
     check_groups(saved_groups, groups)
-    return current().id_map([saved["params"] for saved in saved_groups], [group["params"] for group in groups])
+    saved_lists = [saved["params"] for saved in saved_groups]
+    try:
+        return current().id_map(saved_lists, [group["params"] for group in groups])
+    except TypeError as error:
+        odd = [(index, key) for index, ids in enumerate(saved_lists) for key in ids if not isinstance(key, Hashable)]
+        error.add_note("".join(f"saved id {key!r} in param group {index}" for index, key in odd[:1]))
+        raise
 
 
 def update_group(group: Group, saved_group: Group) -> Group:
@@ -229,13 +237,15 @@ class Cast:
         subclass, a sparse index) or through the graph.
         """
         source = value
+        copied_before = self.memo is not None and id(value) in self.memo
         if self.memo is not None and not is_plain(value):
             source = copying.deepcopy(value, self.memo)
         result = source.to(**options) if options else source
         unchanged = result is source
         if unchanged and source is value:
             result = self.keep(value)
-        self.count_tensor(value, result, copied=unchanged)
+        if not (unchanged and copied_before):
+            self.count_tensor(value, result, copied=unchanged)
         return result
 
     def unclaimed(self, saved_id: Any, value: Any) -> Any:
@@ -324,9 +334,9 @@ def is_torchs_own(function: Any) -> bool:
     return getattr(function, "__globals__", None) is vars(sys.modules[Optimizer.__module__])
 
 
-def missing_indices(state: State, params: Mapping[Any, torch.Tensor], groups: Sequence[Group], kept: int) -> list[int]:
+def missing_indices(state: State, groups: Sequence[Group], kept: int) -> list[int]:
     """Indices of the parameters that got no state; `kept` entries of the state belong to none."""
-    if len(state) - kept == len(params):
+    if len(state) - kept == sum(len(group["params"]) for group in groups):
         return []
     everyone = (param for group in groups for param in group["params"])
     return [index for index, param in enumerate(everyone) if param not in state]

@@ -107,10 +107,16 @@ def test_a_nonsensical_cpu_target_is_refused(choice: str) -> None:
 # ---- an extension that is missing, broken, or another torch's ----
 
 
-def test_a_missing_extension_is_done_without(without_extension: Path) -> None:
+def test_a_missing_extension_is_done_without_but_not_silently(without_extension: Path) -> None:
     done = run(REPORT, without_extension)
     assert str(without_extension) in output_of(done)
     assert "python: the extension was not built" in done.stdout
+    assert done.stderr.count("Warning: fastopt runs in pure Python") == 1
+
+
+def test_a_missing_extension_that_nobody_wants_is_no_news(without_extension: Path) -> None:
+    done = run(REPORT, without_extension, FASTOPT_BACKEND="python")
+    assert "python: FASTOPT_BACKEND=python" in output_of(done)
     assert done.stderr == ""
 
 

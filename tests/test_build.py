@@ -93,8 +93,9 @@ def test_a_build_without_a_compiler_gives_the_package_in_pure_python(source: Pat
 
     # Without `site`, as the finder of an editable install would add its own extension to the package found here.
     paths = os.pathsep.join([str(site), sysconfig.get_path("purelib")])
-    loaded = run([sys.executable, "-S", "-W", "error", "-c", LOAD], elsewhere, PYTHONPATH=paths)
+    loaded = run([sys.executable, "-S", "-c", LOAD], elsewhere, PYTHONPATH=paths)
     assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stderr.count("Warning: fastopt runs in pure Python") == 1
     choice, state = loaded.stdout.splitlines()
     assert choice.split(" | ")[:2] == ["python", "the extension was not built"]
     assert choice.endswith(str(site / "fastopt" / "__init__.py"))

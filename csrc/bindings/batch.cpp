@@ -77,15 +77,12 @@ at::Tensor Batch::clone(const at::Tensor& src) {
   return dst;
 }
 
-bool Batch::copy(const at::Tensor& dst, const at::Tensor& src) {
+void Batch::copy(const at::Tensor& dst, const at::Tensor& src) {
   const auto dtypes = cast_dtypes(src.scalar_type(), dst.scalar_type());
-  if (!dtypes) {
-    return false;
-  }
+  TORCH_CHECK(dtypes, "no kernel from ", src.scalar_type(), " to ", dst.scalar_type());
   const int64_t count =
       dtypes->src == DType::Byte ? static_cast<int64_t>(src.numel() * src.element_size()) : src.numel();
   add(dst, src, {src.const_data_ptr(), dst.mutable_data_ptr(), count, dtypes->src, dtypes->dst});
-  return true;
 }
 
 void Batch::add(const at::Tensor& dst, const at::Tensor& src, Job job) {

@@ -22,8 +22,9 @@ class Batch {
   // Undefined where there is no memory for it.
   at::Tensor clone(const at::Tensor& src);
 
-  // Lists `dst.copy_(src)` for tensors of equal shape and strides; false where there is no kernel for it.
-  bool copy(const at::Tensor& dst, const at::Tensor& src);
+  // Lists `dst.copy_(src)` for tensors of equal shape whose elements stand in the same order in memory, without gaps,
+  // and for whose dtypes there is a kernel.
+  void copy(const at::Tensor& dst, const at::Tensor& src);
 
   // Runs all that is listed, over torch's threads, with the GIL released. Call it with the GIL held, once.
   void run();

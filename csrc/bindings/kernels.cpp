@@ -1,6 +1,5 @@
 // The kernels and the build, as Python sees them.
 #include <pybind11/pybind11.h>
-#include <torch/version.h>
 
 #include <stdexcept>
 #include <string>
@@ -12,6 +11,9 @@
 #include "../core/cpu_target.h"
 #include "../core/run.h"
 #include "bindings.h"
+
+#define FASTOPT_TEXT_OF(tokens) #tokens
+#define FASTOPT_TEXT(macro) FASTOPT_TEXT_OF(macro)
 
 namespace py = pybind11;
 
@@ -45,7 +47,7 @@ void cast_buffer(const py::buffer& src, const std::string& src_dtype, const py::
 // How this extension was built: torch version, compiler, CUDA version or None.
 py::dict build_info() {
   py::dict info;
-  info["torch"] = TORCH_VERSION;
+  info["torch"] = FASTOPT_TEXT(FASTOPT_TORCH_VERSION);
   info["compiler"] = __VERSION__;
 #ifdef FASTOPT_WITH_CUDA
   info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);

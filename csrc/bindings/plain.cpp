@@ -21,6 +21,21 @@ std::optional<DType> kernel_dtype(at::ScalarType dtype) {
   }
 }
 
+// Whether the storage holds every element: one that was resized away holds none, and torch has its own words for that.
+bool fits_its_storage(const c10::TensorImpl& impl) {
+  if (impl.numel() == 0) {
+    return true;
+  }
+  int64_t last = impl.storage_offset() + impl.numel() - 1;
+  if (!impl.is_non_overlapping_and_dense()) {
+    last = impl.storage_offset();
+    for (int64_t dim = 0; dim < impl.dim(); ++dim) {
+      last += (impl.size(dim) - 1) * impl.stride(dim);
+    }
+  }
+  return static_cast<size_t>(last + 1) * impl.itemsize() <= impl.unsafe_storage().nbytes();
+}
+
 bool has_attributes(PyObject* object) {
   PyObject** dict = _PyObject_GetDictPtr(object);
   return dict != nullptr && *dict != nullptr && PyDict_GET_SIZE(*dict) > 0;
@@ -33,7 +48,7 @@ bool is_plain(const at::Tensor& tensor) {
                                           c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView});
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   // Raw bits: DispatchKeySet's own difference ignores the backend, and so would pass a meta tensor.
-  if ((impl->key_set().raw_repr() & ~ordinary.raw_repr()) != 0 || !impl->has_storage()) {
+  if ((impl->key_set().raw_repr() & ~ordinary.raw_repr()) != 0 || !impl->has_storage() || !fits_its_storage(*impl)) {
     return false;
   }
   if (impl->requires_grad() && c10::GradMode::is_enabled()) {

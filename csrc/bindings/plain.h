@@ -11,11 +11,12 @@
 namespace fastopt {
 
 // Note [Plain tensors]
-// The native path reads and writes memory directly, so it takes only tensors for which that is all there is to a cast:
-// exactly `torch.Tensor` (or `Parameter`) in Python, dense CPU memory, no pending conjugation or negation, no autograd,
-// no batching or functionalisation by a transform. The dispatch keys say all of this at once: any key beyond those of
-// an ordinary CPU tensor means that some handler wants to see the operation. Whatever is not provably plain goes to the
-// Python rules, which ask torch.
+// The native path reads and writes memory directly, so it takes only tensors for which that is all there is to a copy:
+// strided CPU memory that is there, no pending conjugation or negation, no gradient to record, no batching or
+// functionalisation by a transform. The dispatch keys say most of this at once: any key beyond those of an ordinary CPU
+// tensor means that some handler wants to see the operation. Callers ask besides for the exact Python type, as a
+// subclass may have its own ideas, and for dense strides where they need them. Whatever is not provably plain goes to
+// the Python rules, which ask torch.
 bool is_plain(const at::Tensor& tensor);
 
 // Plain, and with nothing that a deep copy would carry over besides the storage: no Python attributes, and a storage

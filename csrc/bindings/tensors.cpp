@@ -22,9 +22,9 @@ struct Interval {
   uintptr_t end;
 };
 
-// The bytes from the first to the last that a strided CPU tensor may touch; none for one that has no memory to look at.
+// The bytes from the first to the last that a strided tensor may touch; none for one that has no memory to look at.
 std::optional<Interval> memory_of(const at::Tensor& tensor) {
-  if (!tensor.has_storage() || !tensor.device().is_cpu() || tensor.numel() == 0) {
+  if (!tensor.has_storage() || tensor.is_meta() || tensor.numel() == 0) {
     return std::nullopt;
   }
   int64_t last = 0;
@@ -87,7 +87,7 @@ bool is_plain_destination(const at::Tensor& tensor) {
 // where the entries have to be looked at one by one: an entry that is no tensor, shapes that differ, memory that may
 // overlap.
 bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& leave) {
-  Batch batch;
+  std::vector<std::pair<at::Tensor, at::Tensor>> pairs;
   std::vector<at::Tensor> written;
   std::vector<Interval> dst_memory;
   std::vector<Interval> src_memory;
@@ -116,11 +116,15 @@ bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& 
     if (src_bytes && !itself) {
       src_memory.push_back(*src_bytes);
     }
-    const bool native = is_plain_destination(dst) && is_plain(src) && same_memory_order(dst, src);
-    if (native && (itself || batch.copy(dst, src))) {
-      written.push_back(dst);
-    } else {
+    const bool native = is_plain_destination(dst) && is_plain(src) && same_memory_order(dst, src) &&
+                        cast_dtypes(src.scalar_type(), dst.scalar_type());
+    if (!native) {
       left.append(i);
+      continue;
+    }
+    written.push_back(dst);
+    if (!itself) {
+      pairs.emplace_back(dst, src);
     }
   }
   if (may_overlap(std::move(dst_memory), std::move(src_memory))) {
@@ -128,6 +132,10 @@ bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& 
   }
   if (!left.empty()) {
     leave(left);
+  }
+  Batch batch;  // after `leave`, which may run any Python: an address taken before might not hold
+  for (const auto& [dst, src] : pairs) {
+    batch.copy(dst, src);
   }
   for (const at::Tensor& dst : written) {
     dst.unsafeGetTensorImpl()->bump_version();

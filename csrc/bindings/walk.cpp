@@ -7,11 +7,9 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <algorithm>
 #include <map>
 #include <string_view>
 #include <utility>
-#include <vector>
 
 #include "batch.h"
 #include "bindings.h"
@@ -22,7 +20,11 @@ namespace py = pybind11;
 namespace fastopt {
 namespace {
 
-constexpr size_t kMaxDepth = 64;  // deeper nesting is Python's to judge, which has a stack limit that one can catch
+constexpr size_t kMaxDepth = 64;
+
+// Thrown where the walk as a whole is Python's: nesting without end, which it ends with a RecursionError; two entries
+// for one place, of which the later must win although it may be ready earlier; a key that must itself be copied.
+struct LeftToPython {};
 
 // The collector would run over and over on tens of thousands of new containers of which none is garbage.
 class PausedCollector {
@@ -154,13 +156,12 @@ class Walk {
     if (!dict && !PyList_CheckExact(value)) {
       return {};
     }
-    // A container inside itself never ends: Python's to judge as well, which raises RecursionError.
-    if (path_.size() == kMaxDepth || std::find(path_.begin(), path_.end(), value) != path_.end()) {
-      return {};
+    if (depth_ == kMaxDepth) {
+      throw LeftToPython();
     }
-    path_.push_back(value);
+    ++depth_;
     py::object result = dict ? cast_dict(value) : cast_list(value);
-    path_.pop_back();
+    --depth_;
     return result;
   }
 
@@ -242,7 +243,11 @@ class Walk {
   void put_result(const py::dict& container, const py::object& slot, const py::object& value, py::object result,
                   const py::object& key = py::none()) {
     const bool deferred = !result;
+    const Py_ssize_t size = PyDict_GET_SIZE(container.ptr());
     check(PyDict_SetItem(container.ptr(), slot.ptr(), deferred ? Py_None : result.ptr()));
+    if (PyDict_GET_SIZE(container.ptr()) == size) {
+      throw LeftToPython();
+    }
     if (deferred) {
       defer(container, slot, value, key);
     }
@@ -261,7 +266,7 @@ class Walk {
   py::object param_;
   at::ScalarType param_dtype_ = at::kFloat;
   bool to_floating_ = false;
-  std::vector<PyObject*> path_;  // the containers around the value being cast
+  size_t depth_ = 0;  // of containers around the value being cast
 
   Batch batch_;
   py::list deferred_;
@@ -275,30 +280,35 @@ class Walk {
 // saved_state: the saved dict's "state", an exact dict. id_map: saved id -> parameter. hosted_on_device: the saved ids
 // whose step belongs on the parameter's device in float32, or None. memo: copy.deepcopy's memo for copy=True, or None.
 // state: the new state, filled here.
-// -> (deferred, counts, tensors copied, tensors shared), or None where a key of no parameter would have to be copied.
+// -> (deferred, counts, tensors copied, tensors shared), or None where the whole walk is Python's (LeftToPython).
 //    deferred: (container, slot, parameter or None, value, saved id, key or None) for each value put off.
 //    counts: (from dtype, to dtype, tensors, bytes read, bytes written), copies without a cast included.
 py::object cast_state(const py::dict& saved_state, const py::dict& id_map, const py::object& hosted_on_device,
                       const py::object& memo, const py::dict& state) {
-  const PausedCollector paused;
   Walk walk(hosted_on_device, memo, state);
-  bool native = true;
-  for_each_entry(saved_state.ptr(), [&](const py::object& saved_id, const py::object& value) {
-    PyObject* found = PyDict_GetItemWithError(id_map.ptr(), saved_id.ptr());
-    check(found == nullptr && PyErr_Occurred() != nullptr);
-    if (found == nullptr) {
-      native = native && (memo.is_none() || is_atom(saved_id.ptr()));
-      walk.put_off(saved_id, py::none(), saved_id, value);
-      return;
-    }
-    const auto param = py::reinterpret_borrow<py::object>(found);
-    if (THPVariable_CheckExact(found)) {
-      walk.visit(saved_id, param, value);
-    } else {
-      walk.put_off(saved_id, param, param, value);
-    }
-  });
-  return native ? py::object(walk.finish()) : py::none();
+  try {
+    const PausedCollector paused;
+    for_each_entry(saved_state.ptr(), [&](const py::object& saved_id, const py::object& value) {
+      PyObject* found = PyDict_GetItemWithError(id_map.ptr(), saved_id.ptr());
+      check(found == nullptr && PyErr_Occurred() != nullptr);
+      if (found == nullptr) {
+        if (!memo.is_none() && !is_atom(saved_id.ptr())) {
+          throw LeftToPython();
+        }
+        walk.put_off(saved_id, py::none(), saved_id, value);
+        return;
+      }
+      const auto param = py::reinterpret_borrow<py::object>(found);
+      if (THPVariable_CheckExact(found)) {
+        walk.visit(saved_id, param, value);
+      } else {
+        walk.put_off(saved_id, param, param, value);
+      }
+    });
+  } catch (const LeftToPython&) {
+    return py::none();
+  }
+  return walk.finish();
 }
 
 }  // namespace fastopt

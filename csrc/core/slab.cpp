@@ -9,7 +9,7 @@ namespace fastopt {
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr size_t kFirstSlab = size_t{64} << 10;
+constexpr size_t kFirstSlab = size_t{2} << 10;
 
 }  // namespace
 
@@ -44,7 +44,7 @@ SlabArena::~SlabArena() {
 Piece SlabArena::take(size_t bytes) {
   const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   if (slab_ == nullptr || used_ + rounded > size_) {
-    const size_t size = std::clamp(2 * size_, kFirstSlab, kLargestSlab);
+    const size_t size = std::max(rounded, std::clamp(2 * size_, kFirstSlab, kLargestSlab));
     Slab* next = Slab::create(size);
     if (slab_ != nullptr) {
       slab_->drop_owner();

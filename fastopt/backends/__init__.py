@@ -1,7 +1,7 @@
 """The choice between the native and the pure-Python backend, made once at import and public.
 
-FASTOPT_BACKEND=auto (default) takes the extension where it is there; `native` raises ImportError with the cause where
-it is not; `python` does without it.
+FASTOPT_BACKEND=auto (default) takes the extension where it is there and warns where it is not: pip does not show what
+a build had to say. `native` raises ImportError with the cause; `python` does without it.
 """
 
 import importlib.util
@@ -88,7 +88,9 @@ def _choose(choice: str) -> tuple[Backend, str]:
     if choice == "python":
         return python, "FASTOPT_BACKEND=python"
     if choice == "auto" and importlib.util.find_spec("fastopt._C") is None:
-        return python, "the extension was not built"
+        reason = "the extension was not built"
+        warnings.warn(f"fastopt runs in pure Python, as {reason}; FASTOPT_BACKEND=python silences this", stacklevel=2)
+        return python, reason
     try:
         from fastopt.backends import native
     except ImportError as error:

@@ -7,7 +7,7 @@ ValueError where FASTOPT_CPU_TARGET names no instruction set of this machine.
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -30,10 +30,14 @@ def _check_build() -> None:
 _check_build()
 
 
+def _is_exactly_a_dict(mapping: Mapping[Any, Any]) -> TypeGuard[dict[Any, Any]]:
+    return type(mapping) in (dict, defaultdict)
+
+
 def index_state(
     param_lists: list[list[torch.Tensor]], state: Mapping[Any, Any]
 ) -> tuple[list[list[int]], dict[Any, Any]]:
-    if type(state) not in (dict, defaultdict):
+    if not _is_exactly_a_dict(state):
         return python.index_state(param_lists, state)
     return _C.index_state(param_lists, state)
 
@@ -43,11 +47,11 @@ def id_map(saved_lists: list[list[Any]], param_lists: list[list[torch.Tensor]]) 
 
 
 def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], rules: Rules) -> State:
-    if type(saved_state) not in (dict, defaultdict):
+    if not _is_exactly_a_dict(saved_state):
         return python.cast_state(saved_state, id_map, rules)
     state: State = defaultdict(dict)
     walked = _C.cast_state(saved_state, id_map, rules.hosted_on_device or None, rules.memo, state)
-    if walked is None:  # a key that must itself be copied: the walk in Python does so in its place
+    if walked is None:  # too odd for the native walk: what it has begun is dropped
         if rules.memo is not None:
             rules.memo.clear()
         return python.cast_state(saved_state, id_map, rules)
