@@ -11,7 +11,7 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-torch-$(TORCH)
 EXTENSION := fastopt/.extension-built
-CSRC      := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CSRC      := $(shell find csrc tests/core -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 JOBS      := $(shell nproc)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)

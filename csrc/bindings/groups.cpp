@@ -22,35 +22,62 @@ py::object as_sequence(py::handle object) {
   return py::reinterpret_steal<py::object>(fast);
 }
 
+// Whether the state begins with every parameter, in the order of the groups, as it does after a step or a load. A
+// dict's keys are unique, so no parameter stands twice then, and its number is its position: nothing has to be looked
+// up.
+bool stands_in_order(const std::vector<py::object>& groups, const py::dict& state) {
+  PyObject* key = nullptr;
+  Py_ssize_t position = 0;
+  for (const py::object& params : groups) {
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params.ptr()); ++i) {
+      if (!PyDict_Next(state.ptr(), &position, &key, nullptr) || key != PySequence_Fast_GET_ITEM(params.ptr(), i)) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 // Parameters by number: the int objects that stand in the packed lists, and which of them is whose.
 class Numbering {
  public:
-  explicit Numbering(size_t params) { index_of_.reserve(params); }
-
   // A parameter that stands twice in one group gets the later index; over several groups the first wins.
   py::list add_group(const py::object& params) {
-    const auto size = static_cast<size_t>(PySequence_Fast_GET_SIZE(params.ptr()));
-    PyObject** items = PySequence_Fast_ITEMS(params.ptr());
     const size_t start = ints_.size();
-    for (size_t i = 0; i < size; ++i) {
-      ints_.push_back(py::int_(start + i));
+    const py::list packed = add_distinct_group(params);
+    PyObject** items = PySequence_Fast_ITEMS(params.ptr());
+    for (size_t i = 0; i < packed.size(); ++i) {
       const auto [entry, added] = index_of_.emplace(items[i], start + i);
       if (!added && entry->second >= start) {
         entry->second = start + i;
       }
     }
-    py::list packed(size);
-    for (size_t i = 0; i < size; ++i) {
-      PyList_SET_ITEM(packed.ptr(), static_cast<Py_ssize_t>(i), find(items[i]).inc_ref().ptr());
+    for (size_t i = 0; i < packed.size(); ++i) {
+      packed[i] = find(items[i]);
     }
     return packed;
   }
 
-  // The index of a parameter as an int object; null for a tensor that stands in no group.
+  // A group of parameters that stand nowhere else; `find` does not know them, and `at` does.
+  py::list add_distinct_group(const py::object& params) {
+    const auto size = static_cast<size_t>(PySequence_Fast_GET_SIZE(params.ptr()));
+    py::list packed(size);
+    for (size_t i = 0; i < size; ++i) {
+      ints_.push_back(py::int_(ints_.size()));
+      PyList_SET_ITEM(packed.ptr(), static_cast<Py_ssize_t>(i), ints_.back().inc_ref().ptr());
+    }
+    return packed;
+  }
+
+  // The index of a parameter as an int object; null for a key that stands in no group.
   py::handle find(PyObject* param) const {
     const auto found = index_of_.find(param);
-    return found == index_of_.end() ? py::handle() : py::handle(ints_[found->second]);
+    return found == index_of_.end() ? py::handle() : at(found->second);
   }
+
+  py::handle at(size_t index) const { return ints_[index]; }
+
+  size_t size() const { return ints_.size(); }
 
  private:
   ska::flat_hash_map<PyObject*, size_t> index_of_;
@@ -77,22 +104,28 @@ py::object own_key(py::object key) {
 // Numbers the parameters and keys the state by number, as `Optimizer.state_dict` does.
 // -> (one list of indices a group, packed state)
 py::tuple index_state(const py::list& param_lists, const py::dict& state) {
-  Numbering numbering(state.size());
-  py::list packed_lists;
+  std::vector<py::object> groups;
   for (const py::handle& params : param_lists) {
-    packed_lists.append(numbering.add_group(as_sequence(params)));
+    groups.push_back(as_sequence(params));
+  }
+  const bool in_order = stands_in_order(groups, state);
+  Numbering numbering;
+  py::list packed_lists;
+  for (const py::object& params : groups) {
+    packed_lists.append(in_order ? numbering.add_distinct_group(params) : numbering.add_group(params));
   }
   py::dict packed_state;
   PyObject* key = nullptr;
   PyObject* value = nullptr;
   Py_ssize_t position = 0;
-  while (PyDict_Next(state.ptr(), &position, &key, &value)) {
+  for (size_t entry = 0; PyDict_Next(state.ptr(), &position, &key, &value); ++entry) {
     // The address alone tells a parameter: with 100,000 of them, looking at each would be a cache miss each.
-    const py::handle index = numbering.find(key);
+    const py::handle index = in_order && entry < numbering.size() ? numbering.at(entry) : numbering.find(key);
     if (index) {
       set_item(packed_state, index, value);
     } else {
-      set_item(packed_state, own_key(py::reinterpret_borrow<py::object>(key)), py::reinterpret_borrow<py::object>(value));
+      const auto held = py::reinterpret_borrow<py::object>(value);
+      set_item(packed_state, own_key(py::reinterpret_borrow<py::object>(key)), held);
     }
   }
   return py::make_tuple(packed_lists, packed_state);
