@@ -41,7 +41,7 @@ SMALL = [Size(parameters, elements=64) for parameters in (1_000, 3_000, 10_000, 
 LARGE_ELEMENTS = 16 << 20
 LARGE_MEMORY = 4_800_000_000
 ROUNDS = 3
-STOCK_ONCE_FROM = 30_000  # stock torch takes 10 to 25 s for these, every time
+STOCK_ONCE_FROM = 10_000  # stock torch takes seconds for these, and up to half a minute at 30,000
 
 T = TypeVar("T")
 console = Console(highlight=False)
