@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fastopt.backends import current
+from fastopt.collector import paused_collector
 
 
 def copy_(dsts: Iterable[torch.Tensor], srcs: Iterable[torch.Tensor], *, non_blocking: bool = False) -> None:
@@ -67,4 +68,5 @@ def to(
         options["dtype"] = dtype
     if device is not None:
         options["device"] = torch.device(device)
-    return current().to(list(tensors), options, copy)
+    with paused_collector():
+        return current().to(list(tensors), options, copy)

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from fastopt.backends import current, python
 from fastopt.backends.interface import Backend, Group, State
+from fastopt.collector import paused_collector
 from fastopt.errors import describe_parameter, describe_tensor
 from fastopt.report import LoadReport
 
@@ -101,22 +102,37 @@ def load(optimizer: Optimizer, state_dict: StateDict, *, copy: bool) -> LoadRepo
         if hook_result is not None:
             state_dict = hook_result
 
-    groups = optimizer.param_groups
-    saved_groups = copying.deepcopy(state_dict["param_groups"])
+    with paused_collector():
+        groups = optimizer.param_groups
+        saved_groups = deepcopied(state_dict["param_groups"])
 
-    params = id_map(saved_groups, groups)  # checks the groups first
-    cast = Cast(groups, state_dict["param_groups"], copy)
-    state = cast.backend.cast_state(state_dict["state"], params, cast)
-    cast.report.missing = missing_indices(state, groups, len(cast.report.unexpected))
+        params = id_map(saved_groups, groups)  # checks the groups first
+        cast = Cast(groups, state_dict["param_groups"], copy)
+        state = cast.backend.cast_state(state_dict["state"], params, cast)
+        cast.report.missing = missing_indices(state, groups, len(cast.report.unexpected))
 
-    new_groups = [update_group(group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
-    optimizer.__setstate__({"state": state, "param_groups": new_groups})
+        new_groups = [update_group(group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
+        optimizer.__setstate__({"state": state, "param_groups": new_groups})
 
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 
     cast.report.seconds = time.perf_counter() - started
     return cast.report
+
+
+def deepcopied(saved_groups: Any) -> Any:
+    """A deep copy of the groups, but for lists of ids that are atoms: a copy of each would cost more than all the rest.
+
+    Such a list is shared instead: it is only read, and does not get into the optimizer.
+    """
+    memo: dict[int, Any] = {}
+    if type(saved_groups) is list:
+        for group in saved_groups:
+            ids = group.get("params") if type(group) is dict else None
+            if type(ids) is list and {int, str}.issuperset(map(type, ids)):
+                memo[id(ids)] = ids
+    return copying.deepcopy(saved_groups, memo)
 
 
 def check_groups(saved_groups: Sequence[Group], groups: Sequence[Group]) -> None:

@@ -21,7 +21,7 @@ PYTHON_LAYERS = (
     ("fastopt.backends.native",),
     ("fastopt.backends.python",),
     ("fastopt.backends.interface",),
-    ("fastopt.errors",),
+    ("fastopt.errors", "fastopt.collector"),
     ("fastopt._C",),
 )
 CPP_LAYERS = (("csrc/bindings",), ("csrc/cuda",), ("csrc/core",))

@@ -5,12 +5,15 @@
 #include <c10/core/StorageImpl.h>
 #include <c10/util/Exception.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <new>
 #include <utility>
 
 #include "../core/cpu_target.h"
 #include "plain.h"
+
+namespace py = pybind11;
 
 namespace fastopt {
 namespace {
@@ -51,48 +54,75 @@ bool is_dense(const at::Tensor& tensor) {
   return tensor.is_non_overlapping_and_dense();
 }
 
-at::Tensor Batch::cast(const at::Tensor& src, at::ScalarType dtype) {
-  const auto dtypes = cast_dtypes(src.scalar_type(), dtype);
-  if (!dtypes || !is_dense(src)) {
+Batch::~Batch() {
+  // Far more of them than fit into a cache: fetch the counts ahead of their turn.
+  constexpr size_t kAhead = 16;
+  for (size_t i = 0; i < held_.size(); ++i) {
+    if (i + kAhead < held_.size()) {
+      __builtin_prefetch(held_[i + kAhead], /*rw=*/1);
+    }
+    Py_DECREF(held_[i]);
+  }
+}
+
+py::object Batch::cast(py::handle src, at::ScalarType dtype) {
+  const at::Tensor& tensor = THPVariable_Unpack(src.ptr());
+  const auto dtypes = cast_dtypes(tensor.scalar_type(), dtype);
+  if (!dtypes || !is_dense(tensor)) {
     return {};
   }
-  auto storage = new_storage(memory_, static_cast<size_t>(src.numel()) * c10::elementSize(dtype));
+  const int64_t count = tensor.numel();
+  auto storage = new_storage(memory_, static_cast<size_t>(count) * c10::elementSize(dtype));
   if (!storage) {
     return {};
   }
-  at::Tensor dst = view_of(std::move(storage), src, dtype, 0);
-  copy(dst, src);
-  return dst;
+  const bool bytes = dtypes->src == DType::Byte;
+  const Job job{tensor.const_data_ptr(), storage->mutable_data(), bytes ? count * tensor.element_size() : count,
+                dtypes->src, dtypes->dst};
+  return add(job, src, view_of(std::move(storage), tensor, dtype, 0));
 }
 
-at::Tensor Batch::clone(const at::Tensor& src) {
-  const c10::Storage& from = src.storage();
+py::object Batch::clone(py::handle src) {
+  const at::Tensor& tensor = THPVariable_Unpack(src.ptr());
+  const c10::Storage& from = tensor.storage();
   auto storage = new_storage(memory_, from.nbytes());
   if (!storage) {
     return {};
   }
-  at::Tensor dst = view_of(std::move(storage), src, src.scalar_type(), src.storage_offset());
-  const auto bytes = static_cast<int64_t>(from.nbytes());
-  add(dst, src, {from.data(), dst.storage().mutable_data(), bytes, DType::Byte, DType::Byte});
-  return dst;
+  const Job job{from.data(), storage->mutable_data(), static_cast<int64_t>(from.nbytes()), DType::Byte, DType::Byte};
+  return add(job, src, view_of(std::move(storage), tensor, tensor.scalar_type(), tensor.storage_offset()));
 }
 
-void Batch::copy(const at::Tensor& dst, const at::Tensor& src) {
-  const auto dtypes = cast_dtypes(src.scalar_type(), dst.scalar_type());
-  TORCH_CHECK(dtypes, "no kernel from ", src.scalar_type(), " to ", dst.scalar_type());
-  const int64_t count =
-      dtypes->src == DType::Byte ? static_cast<int64_t>(src.numel() * src.element_size()) : src.numel();
-  add(dst, src, {src.const_data_ptr(), dst.mutable_data_ptr(), count, dtypes->src, dtypes->dst});
+void Batch::copy(py::handle dst, py::handle src) {
+  const at::Tensor& to = THPVariable_Unpack(dst.ptr());
+  const at::Tensor& from = THPVariable_Unpack(src.ptr());
+  const auto dtypes = cast_dtypes(from.scalar_type(), to.scalar_type());
+  TORCH_CHECK(dtypes, "no kernel from ", from.scalar_type(), " to ", to.scalar_type());
+  const int64_t count = dtypes->src == DType::Byte ? from.numel() * from.element_size() : from.numel();
+  jobs_.push_back({from.const_data_ptr(), to.mutable_data_ptr(), count, dtypes->src, dtypes->dst});
+  hold(src);
+  hold(dst);
 }
 
-void Batch::add(const at::Tensor& dst, const at::Tensor& src, Job job) {
+py::object Batch::add(const Job& job, py::handle src, at::Tensor dst) {
+  PyObject* wrapped = THPVariable_Wrap(std::move(dst));
+  if (wrapped == nullptr) {
+    throw py::error_already_set();
+  }
+  const auto result = py::reinterpret_steal<py::object>(wrapped);
   jobs_.push_back(job);
-  alive_.push_back(src);
-  alive_.push_back(dst);
+  hold(src);
+  hold(result);
+  return result;
+}
+
+void Batch::hold(py::handle object) {
+  held_.push_back(object.ptr());
+  object.inc_ref();
 }
 
 void Batch::run() {
-  pybind11::gil_scoped_release without_gil;
+  const py::gil_scoped_release without_gil;
   fastopt::run(jobs_, kernels(), at::get_num_threads(), over_torch_threads);
 }
 

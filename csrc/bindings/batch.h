@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
 
 #include <vector>
 
@@ -10,31 +11,39 @@
 
 namespace fastopt {
 
-// Collects copies between plain tensors (Note [Plain tensors]) and keeps both sides alive. What `cast` and `clone`
-// return has its final size, strides and dtype at once, and its values after `run`.
+// Collects copies between plain tensors (Note [Plain tensors]), and keeps the Python objects of both sides alive: that
+// costs less than to hold the tensors, where every second owner is counted once more in Python. All of it is called
+// with the GIL held.
 class Batch {
  public:
-  // Lists a copy of `src` into a new tensor as `src.to(dtype, copy=True)` would make it: dense strides are kept.
-  // Undefined where the native path cannot do that (no kernel, strides with gaps, no memory): the caller asks torch.
-  at::Tensor cast(const at::Tensor& src, at::ScalarType dtype);
+  Batch() = default;
+  ~Batch();
+  Batch(const Batch&) = delete;
+  Batch& operator=(const Batch&) = delete;
+
+  // Lists a copy of `src` into a new tensor as `src.to(dtype, copy=True)` would make it: dense strides are kept. The
+  // result has its values after `run`, all else at once.
+  // Null where the native path cannot do that (no kernel, strides with gaps, no memory): the caller asks torch.
+  pybind11::object cast(pybind11::handle src, at::ScalarType dtype);
 
   // Lists a copy of `src` as `copy.deepcopy` would make it: the whole storage, and the same view of it.
-  // Undefined where there is no memory for it.
-  at::Tensor clone(const at::Tensor& src);
+  // Null where there is no memory for it.
+  pybind11::object clone(pybind11::handle src);
 
   // Lists `dst.copy_(src)` for tensors of equal shape whose elements stand in the same order in memory, without gaps,
   // and for whose dtypes there is a kernel.
-  void copy(const at::Tensor& dst, const at::Tensor& src);
+  void copy(pybind11::handle dst, pybind11::handle src);
 
-  // Runs all that is listed, over torch's threads, with the GIL released. Call it with the GIL held, once.
+  // Runs all that is listed, over torch's threads, with the GIL released. Call it once.
   void run();
 
  private:
-  void add(const at::Tensor& dst, const at::Tensor& src, Job job);
+  pybind11::object add(const Job& job, pybind11::handle src, at::Tensor dst);
+  void hold(pybind11::handle object);
 
   ResultMemory memory_;
   std::vector<Job> jobs_;
-  std::vector<at::Tensor> alive_;
+  std::vector<PyObject*> held_;
 };
 
 // Dense memory without gaps or overlap: element i of the memory is one element of the tensor.

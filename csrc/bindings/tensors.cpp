@@ -87,8 +87,8 @@ bool is_plain_destination(const at::Tensor& tensor) {
 // where the entries have to be looked at one by one: an entry that is no tensor, shapes that differ, memory that may
 // overlap.
 bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& leave) {
-  std::vector<std::pair<at::Tensor, at::Tensor>> pairs;
-  std::vector<at::Tensor> written;
+  std::vector<std::pair<py::handle, py::handle>> pairs;  // kept alive by the lists
+  std::vector<py::handle> written;
   std::vector<Interval> dst_memory;
   std::vector<Interval> src_memory;
   py::list left;
@@ -122,9 +122,9 @@ bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& 
       left.append(i);
       continue;
     }
-    written.push_back(dst);
+    written.push_back(dst_object);
     if (!itself) {
-      pairs.emplace_back(dst, src);
+      pairs.emplace_back(dst_object, src_object);
     }
   }
   if (may_overlap(std::move(dst_memory), std::move(src_memory))) {
@@ -137,8 +137,8 @@ bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& 
   for (const auto& [dst, src] : pairs) {
     batch.copy(dst, src);
   }
-  for (const at::Tensor& dst : written) {
-    dst.unsafeGetTensorImpl()->bump_version();
+  for (const py::handle dst : written) {
+    THPVariable_Unpack(dst.ptr()).unsafeGetTensorImpl()->bump_version();
   }
   batch.run();
   return true;
@@ -156,8 +156,8 @@ py::list to_plain(const py::list& tensors, const py::object& dtype, bool copy) {
       if (is_plain(tensor)) {
         if (!copy && target == tensor.scalar_type()) {
           result = py::reinterpret_borrow<py::object>(object);
-        } else if (at::Tensor made = batch.cast(tensor, target); made.defined()) {
-          result = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(made)));
+        } else if (py::object made = batch.cast(object, target)) {
+          result = std::move(made);
         }
       }
     }

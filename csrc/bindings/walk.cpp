@@ -8,11 +8,12 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <map>
-#include <string_view>
+#include <span>
 #include <utility>
 
 #include "batch.h"
 #include "bindings.h"
+#include "entries.h"
 #include "plain.h"
 
 namespace py = pybind11;
@@ -26,46 +27,13 @@ constexpr size_t kMaxDepth = 64;
 // for one place, of which the later must win although it may be ready earlier; a key that must itself be copied.
 struct LeftToPython {};
 
-// The collector would run over and over on tens of thousands of new containers of which none is garbage.
-class PausedCollector {
- public:
-  PausedCollector() : was_enabled_(PyGC_Disable() != 0) {}
-  ~PausedCollector() {
-    if (was_enabled_) {
-      PyGC_Enable();
-    }
-  }
-  PausedCollector(const PausedCollector&) = delete;
-  PausedCollector& operator=(const PausedCollector&) = delete;
-
- private:
-  bool was_enabled_;
-};
-
 bool is_step(PyObject* key) {
-  Py_ssize_t length = 0;
-  const char* text = PyUnicode_AsUTF8AndSize(key, &length);
-  if (text == nullptr) {
-    PyErr_Clear();  // lone surrogates: a str, and not "step"
-    return false;
-  }
-  return std::string_view(text, static_cast<size_t>(length)) == "step";
+  return PyUnicode_GET_LENGTH(key) == 4 && PyUnicode_CompareWithASCIIString(key, "step") == 0;
 }
 
 bool is_atom(PyObject* value) {
   return value == Py_None || PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) ||
          PyUnicode_CheckExact(value);
-}
-
-bool has_only_str_keys(PyObject* dict) {
-  PyObject* key = nullptr;
-  Py_ssize_t position = 0;
-  while (PyDict_Next(dict, &position, &key, nullptr)) {
-    if (!PyUnicode_CheckExact(key)) {
-      return false;
-    }
-  }
-  return true;
 }
 
 void check(int status) {
@@ -81,21 +49,8 @@ py::object checked(PyObject* object) {
   return py::reinterpret_steal<py::object>(object);
 }
 
-// Calls `visit(key, value)` for every entry, both held meanwhile. Raises what Python raises when the dict changes size.
-template <class Visit>
-void for_each_entry(PyObject* dict, Visit visit) {
-  const Py_ssize_t size = PyDict_GET_SIZE(dict);
-  PyObject* key = nullptr;
-  PyObject* value = nullptr;
-  Py_ssize_t position = 0;
-  while (PyDict_Next(dict, &position, &key, &value)) {
-    const auto held_key = py::reinterpret_borrow<py::object>(key);
-    const auto held_value = py::reinterpret_borrow<py::object>(value);
-    visit(held_key, held_value);
-    if (PyDict_GET_SIZE(dict) != size) {
-      throw std::runtime_error("dictionary changed size during iteration");
-    }
-  }
+bool is_exactly_tensor(PyObject* object) {
+  return Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(THPVariableClass);
 }
 
 class Walk {
@@ -103,22 +58,28 @@ class Walk {
   Walk(const py::object& hosted_on_device, const py::object& memo, const py::dict& state)
       : hosted_on_device_(hosted_on_device), memo_(memo), state_(state) {}
 
-  // One entry of the saved state.
-  void visit(const py::object& saved_id, const py::object& param, const py::object& value) {
-    saved_id_ = saved_id;
-    param_ = param;
-    const auto& tensor = THPVariable_Unpack(param.ptr());
-    to_floating_ = at::isFloatingType(tensor.scalar_type());
-    param_dtype_ = tensor.scalar_type();
-    const bool native = tensor.device().is_cpu();
-    put_result(state_, param, value, native ? cast(value.ptr(), nullptr) : py::object());
-  }
-
-  // An entry for the Python rule as a whole. `param` is None where the id belongs to no parameter.
-  void put_off(const py::object& saved_id, const py::object& param, const py::object& slot, const py::object& value) {
-    saved_id_ = saved_id;
-    param_ = param;
-    put_result(state_, slot, value, py::object());
+  void visit(const Entry& entry) {
+    saved_id_ = entry.item.key;
+    if (!entry.param) {
+      if (!memo_.is_none() && !is_atom(saved_id_.ptr())) {
+        throw LeftToPython();
+      }
+      param_ = py::none();
+      put_entry(saved_id_, entry.item.value, {});
+      return;
+    }
+    param_ = entry.param;
+    py::object result;
+    if (THPVariable_CheckExact(param_.ptr())) {
+      const at::Tensor& tensor = THPVariable_Unpack(param_.ptr());
+      param_dtype_ = tensor.scalar_type();
+      to_floating_ = at::isFloatingType(param_dtype_);
+      hosted_ = is_hosted_on_device(saved_id_);
+      if (tensor.device().is_cpu()) {
+        result = entry.is_dict ? cast_dict(entry.items, entry.item.sole) : cast(entry.item, /*sole=*/true);
+      }
+    }
+    put_entry(param_, entry.item.value, std::move(result));
   }
 
   py::tuple finish() {
@@ -131,6 +92,8 @@ class Walk {
   }
 
  private:
+  using DTypes = std::pair<at::ScalarType, at::ScalarType>;
+
   struct Tally {
     int64_t tensors = 0;
     int64_t bytes_read = 0;
@@ -138,121 +101,136 @@ class Walk {
   };
 
   void count(const at::Tensor& from, const at::Tensor& to) {
-    Tally& tally = tallies_[{from.scalar_type(), to.scalar_type()}];
-    tally.tensors += 1;
-    tally.bytes_read += static_cast<int64_t>(from.nbytes());
-    tally.bytes_written += static_cast<int64_t>(to.nbytes());
+    const DTypes dtypes{from.scalar_type(), to.scalar_type()};
+    if (tally_ == nullptr || dtypes != tally_->first) {
+      tally_ = &*tallies_.try_emplace(dtypes).first;
+    }
+    tally_->second.tensors += 1;
+    tally_->second.bytes_read += static_cast<int64_t>(from.nbytes());
+    tally_->second.bytes_written += static_cast<int64_t>(to.nbytes());
   }
 
-  // The value as the optimizer will hold it; null where the Python rule has to say.
-  py::object cast(PyObject* value, PyObject* key) {
+  bool is_hosted_on_device(const py::object& saved_id) const {
+    const int hosted = hosted_on_device_.is_none() ? 0 : PySequence_Contains(hosted_on_device_.ptr(), saved_id.ptr());
+    check(hosted < 0);
+    return hosted != 0;
+  }
+
+  // The value as the optimizer will hold it; null where the Python rule has to say. `sole`: whether all containers
+  // around the value, and the value itself, are referred to from nowhere else.
+  py::object cast(const Item& item, bool sole) {
+    PyObject* value = item.value.ptr();
+    sole = sole && item.sole;
     if (is_atom(value)) {
-      return py::reinterpret_borrow<py::object>(value);
+      return item.value;
     }
-    if (Py_TYPE(value) == reinterpret_cast<PyTypeObject*>(THPVariableClass)) {
-      return cast_tensor(value, key);
-    }
-    const bool dict = PyDict_CheckExact(value) && has_only_str_keys(value);
-    if (!dict && !PyList_CheckExact(value)) {
-      return {};
+    if (is_exactly_tensor(value)) {
+      return cast_tensor(item, sole);
     }
     if (depth_ == kMaxDepth) {
       throw LeftToPython();
     }
     ++depth_;
-    py::object result = dict ? cast_dict(value) : cast_list(value);
+    py::object result;
+    if (PyDict_CheckExact(value)) {
+      if (const auto items = items_of(value)) {
+        result = cast_dict(*items, sole);
+      }
+    } else if (PyList_CheckExact(value)) {
+      result = cast_list(value, sole);
+    }
     --depth_;
     return result;
   }
 
-  py::object cast_dict(PyObject* dict) {
+  py::object cast_dict(std::span<const Item> items, bool sole) {
     py::dict result;
-    for_each_entry(dict, [&](const py::object& key, const py::object& value) {
-      put_result(result, key, value, cast(value.ptr(), key.ptr()), key);
-    });
-    return result;
-  }
-
-  py::object cast_list(PyObject* list) {
-    py::list result;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
-      const auto item = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(list, i));
-      py::object cast_item = cast(item.ptr(), nullptr);
-      const bool deferred = !cast_item;
-      result.append(deferred ? py::none() : cast_item);
-      if (deferred) {
-        defer(result, py::int_(i), item, py::none());
+    for (const Item& item : items) {
+      py::object cast_item = cast(item, sole);
+      check(PyDict_SetItem(result.ptr(), item.key.ptr(), cast_item ? cast_item.ptr() : Py_None));
+      if (!cast_item) {
+        defer(result, item.key, item.value, item.key);
       }
     }
     return result;
   }
 
-  py::object cast_tensor(PyObject* object, PyObject* key) {
-    const at::Tensor& tensor = THPVariable_Unpack(object);
-    at::ScalarType dtype = to_floating_ ? param_dtype_ : tensor.scalar_type();
-    if (key != nullptr && is_step(key)) {
-      const int hosted =
-          hosted_on_device_.is_none() ? 0 : PySequence_Contains(hosted_on_device_.ptr(), saved_id_.ptr());
-      if (hosted < 0) {
-        throw py::error_already_set();
+  py::object cast_list(PyObject* list, bool sole) {
+    py::list result;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+      const Item item = borrow(nullptr, PyList_GET_ITEM(list, i));
+      py::object cast_item = cast(item, sole);
+      check(PyList_Append(result.ptr(), cast_item ? cast_item.ptr() : Py_None));
+      if (!cast_item) {
+        defer(result, py::int_(i), item.value, py::none());
       }
-      dtype = hosted ? at::kFloat : tensor.scalar_type();
+    }
+    return result;
+  }
+
+  py::object cast_tensor(const Item& item, bool sole) {
+    const at::Tensor& tensor = THPVariable_Unpack(item.value.ptr());
+    at::ScalarType dtype = to_floating_ ? param_dtype_ : tensor.scalar_type();
+    if (item.key && is_step(item.key.ptr())) {
+      dtype = hosted_ ? at::kFloat : tensor.scalar_type();
     }
     // Outside of grad mode a tensor that requires grad is plain to a cast, but not to the deep copy that comes first.
     if (!is_plain(tensor) || (!memo_.is_none() && tensor.requires_grad())) {
       return {};
     }
     if (dtype != tensor.scalar_type()) {
-      at::Tensor result = batch_.cast(tensor, dtype);
-      if (!result.defined()) {
-        return {};
+      py::object result = batch_.cast(item.value, dtype);
+      if (result) {
+        count(tensor, THPVariable_Unpack(result.ptr()));
       }
-      count(tensor, result);
-      return checked(THPVariable_Wrap(std::move(result)));
+      return result;
     }
     if (memo_.is_none()) {
       shared_ += 1;
-      return py::reinterpret_borrow<py::object>(object);
+      return item.value;
     }
-    return copy_tensor(object, tensor);
+    return copy_tensor(item.value, tensor, sole);
   }
 
-  // A copy that a later `copy.deepcopy(object, memo)` will find.
-  py::object copy_tensor(PyObject* object, const at::Tensor& tensor) {
-    const py::object id = checked(PyLong_FromVoidPtr(object));
-    if (PyObject* known = PyDict_GetItemWithError(memo_.ptr(), id.ptr())) {
-      return py::reinterpret_borrow<py::object>(known);
+  // A copy that a later `copy.deepcopy(object, memo)` will find; where this is the only reference to the object, none
+  // can come.
+  py::object copy_tensor(const py::object& object, const at::Tensor& tensor, bool sole) {
+    py::object id;
+    if (!sole) {
+      id = checked(PyLong_FromVoidPtr(object.ptr()));
+      if (PyObject* known = PyDict_GetItemWithError(memo_.ptr(), id.ptr())) {
+        return py::reinterpret_borrow<py::object>(known);
+      }
+      check(PyErr_Occurred() != nullptr);
     }
-    check(PyErr_Occurred() != nullptr);
-    if (!is_plainly_copied(object, tensor)) {
+    if (!is_plainly_copied(object.ptr(), tensor)) {
       return {};
     }
-    at::Tensor result = batch_.clone(tensor);
-    if (!result.defined()) {
+    py::object result = batch_.clone(object);
+    if (!result) {
       return {};
     }
-    count(tensor, result);
+    count(tensor, THPVariable_Unpack(result.ptr()));
     copied_ += 1;
-    py::object wrapped = checked(THPVariable_Wrap(std::move(result)));
-    check(PyDict_SetItem(memo_.ptr(), id.ptr(), wrapped.ptr()));
-    return wrapped;
+    if (!sole) {
+      check(PyDict_SetItem(memo_.ptr(), id.ptr(), result.ptr()));
+    }
+    return result;
   }
 
-  // Puts a result into its place, or None and a note of it where there is none yet. `key` is the value's own key for
-  // the step rule, which the outermost value does not have.
-  void put_result(const py::dict& container, const py::object& slot, const py::object& value, py::object result,
-                  const py::object& key = py::none()) {
-    const bool deferred = !result;
-    const Py_ssize_t size = PyDict_GET_SIZE(container.ptr());
-    check(PyDict_SetItem(container.ptr(), slot.ptr(), deferred ? Py_None : result.ptr()));
-    if (PyDict_GET_SIZE(container.ptr()) == size) {
+  // Puts an entry into the new state, or None and a note of it where there is nothing to put yet.
+  void put_entry(const py::object& slot, const py::object& value, py::object result) {
+    const Py_ssize_t size = PyDict_GET_SIZE(state_.ptr());
+    check(PyDict_SetItem(state_.ptr(), slot.ptr(), result ? result.ptr() : Py_None));
+    if (PyDict_GET_SIZE(state_.ptr()) == size) {
       throw LeftToPython();
     }
-    if (deferred) {
-      defer(container, slot, value, key);
+    if (!result) {
+      defer(state_, slot, value, py::none());
     }
   }
 
+  // `key` is the value's own key for the step rule, which an item of a list and an entry as a whole do not have.
   void defer(const py::object& container, const py::object& slot, const py::object& value, const py::object& key) {
     deferred_.append(py::make_tuple(container, slot, param_, value, saved_id_, key));
   }
@@ -266,11 +244,13 @@ class Walk {
   py::object param_;
   at::ScalarType param_dtype_ = at::kFloat;
   bool to_floating_ = false;
+  bool hosted_ = false;
   size_t depth_ = 0;  // of containers around the value being cast
 
   Batch batch_;
   py::list deferred_;
-  std::map<std::pair<at::ScalarType, at::ScalarType>, Tally> tallies_;
+  std::map<DTypes, Tally> tallies_;
+  std::pair<const DTypes, Tally>* tally_ = nullptr;  // the last one used
   int64_t copied_ = 0;
   int64_t shared_ = 0;
 };
@@ -287,24 +267,12 @@ py::object cast_state(const py::dict& saved_state, const py::dict& id_map, const
                       const py::object& memo, const py::dict& state) {
   Walk walk(hosted_on_device, memo, state);
   try {
-    const PausedCollector paused;
-    for_each_entry(saved_state.ptr(), [&](const py::object& saved_id, const py::object& value) {
-      PyObject* found = PyDict_GetItemWithError(id_map.ptr(), saved_id.ptr());
-      check(found == nullptr && PyErr_Occurred() != nullptr);
-      if (found == nullptr) {
-        if (!memo.is_none() && !is_atom(saved_id.ptr())) {
-          throw LeftToPython();
-        }
-        walk.put_off(saved_id, py::none(), saved_id, value);
-        return;
+    EntryReader reader(saved_state, id_map);
+    for (auto entries = reader.next(); !entries.empty(); entries = reader.next()) {
+      for (const Entry& entry : entries) {
+        walk.visit(entry);
       }
-      const auto param = py::reinterpret_borrow<py::object>(found);
-      if (THPVariable_CheckExact(found)) {
-        walk.visit(saved_id, param, value);
-      } else {
-        walk.put_off(saved_id, param, param, value);
-      }
-    });
+    }
   } catch (const LeftToPython&) {
     return py::none();
   }

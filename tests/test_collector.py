@@ -1,0 +1,72 @@
+"""Python's garbage collector during a load: paused, and afterwards as it was."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import fastopt
+from fastopt.collector import paused_collector
+
+from .oracle import adam, trained
+
+
+@contextmanager
+def collections() -> Iterator[list[str]]:
+    seen: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        seen.append(phase)
+
+    gc.callbacks.append(note)
+    try:
+        yield seen
+    finally:
+        gc.callbacks.remove(note)
+
+
+@pytest.fixture(params=[True, False], ids=["on", "off"])
+def collector(request) -> Iterator[bool]:
+    was_on = gc.isenabled()
+    (gc.enable if request.param else gc.disable)()
+    yield request.param
+    (gc.enable if was_on else gc.disable)()
+
+
+def test_does_not_run_during_a_load(backend, collector):
+    source = trained(adam(*[(2,)] * 3000))
+    target = adam(*[(2,)] * 3000, dtype=torch.bfloat16)
+    state_dict = source.state_dict()
+    gc.collect()
+    with collections() as seen:
+        fastopt.load_state_dict(target, state_dict, copy=True)
+    assert seen.count("start") <= 1  # the one that falls due when the pause is over; unpaused, there are 13 and more
+    assert gc.isenabled() is collector
+
+
+def test_is_as_it_was_after_an_error(backend, collector):
+    optimizer = trained(adam((2,)))
+    broken = optimizer.state_dict()
+    broken["param_groups"][0]["params"].append(7)
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        fastopt.load_state_dict(optimizer, broken)
+    assert gc.isenabled() is collector
+
+
+def test_hooks_run_with_the_collector_as_it_was(backend, collector):
+    seen = []
+    optimizer = trained(adam((2,)))
+    optimizer.register_load_state_dict_pre_hook(lambda *args: seen.append(gc.isenabled()))
+    optimizer.register_load_state_dict_post_hook(lambda *args: seen.append(gc.isenabled()))
+    fastopt.load_state_dict(optimizer, optimizer.state_dict())
+    assert seen == [collector, collector]
+
+
+def test_nested_pauses_end_with_the_outer(collector):
+    with paused_collector():
+        with paused_collector():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled() is collector
