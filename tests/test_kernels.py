@@ -12,7 +12,7 @@ from fastopt import _C, backends
 
 HOT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PAIRS = [pytest.param(src, dst, id=f"{src}-{dst}".replace("torch.", "")) for src, dst in itertools.product(HOT, HOT)]
-SHORTER_THAN_A_VECTOR = 7
+SHORTER_THAN_A_VECTOR = 15
 GUARD = 64
 CHUNK_BYTES = 1 << 20  # kChunkCost and kSerialCost of csrc/core/run.cpp
 SERIAL_BYTES = 64 << 10
@@ -25,6 +25,11 @@ def cpu_target(request: pytest.FixtureRequest) -> Iterator[str]:
     assert _C.cpu_target() == request.param
     yield request.param
     _C.use_cpu_target(before)
+
+
+@pytest.fixture(params=[False, True], ids=["cached", "streaming"])
+def streaming(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
 
 
 @pytest.fixture
@@ -63,7 +68,9 @@ def assert_cast_as_torch_does(result: torch.Tensor, source: torch.Tensor) -> Non
     )
 
 
-def cast_at(source: torch.Tensor, dtype: torch.dtype, src_offset: int = 0, dst_offset: int = 0) -> torch.Tensor:
+def cast_at(
+    source: torch.Tensor, dtype: torch.dtype, streaming: bool, src_offset: int = 0, dst_offset: int = 0
+) -> torch.Tensor:
     """Cast by the kernel in use, both sides that many bytes off alignment; the bytes around the result must stay."""
     src_bytes, dst_bytes = source.nbytes, source.numel() * dtype.itemsize
     src = torch.zeros(src_offset + src_bytes, dtype=torch.uint8)
@@ -71,7 +78,7 @@ def cast_at(source: torch.Tensor, dtype: torch.dtype, src_offset: int = 0, dst_o
     dst = torch.randint(256, (GUARD + dst_offset + dst_bytes + GUARD,), dtype=torch.uint8)
     before = dst.clone()
     inside = slice(GUARD + dst_offset, GUARD + dst_offset + dst_bytes)
-    _C.cast_buffer(src[src_offset:].numpy(), name(source.dtype), dst[inside].numpy(), name(dtype))
+    _C.cast_buffer(src[src_offset:].numpy(), name(source.dtype), dst[inside].numpy(), name(dtype), streaming)
     result = dst[inside].clone().view(dtype)
     dst[inside] = before[inside]
     assert torch.equal(dst, before), "bytes around the destination changed"
@@ -132,14 +139,14 @@ def random_bits(count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("src", "dst"), PAIRS)
-def test_hard_values(cpu_target: str, src: torch.dtype, dst: torch.dtype) -> None:
+def test_hard_values(cpu_target: str, streaming: bool, src: torch.dtype, dst: torch.dtype) -> None:
     source = hard_values(src)
-    assert_cast_as_torch_does(cast_at(source, dst), source)
+    assert_cast_as_torch_does(cast_at(source, dst, streaming), source)
 
 
 @pytest.mark.parametrize(("src", "dst"), PAIRS)
 def test_hard_values_in_the_tail_after_the_last_whole_vector(
-    cpu_target: str, src: torch.dtype, dst: torch.dtype
+    cpu_target: str, streaming: bool, src: torch.dtype, dst: torch.dtype
 ) -> None:
     source = hard_values(src)
     if len(source) > 2**16:
@@ -153,6 +160,7 @@ def test_hard_values_in_the_tail_after_the_last_whole_vector(
             name(src),
             to_bytes[start * dst.itemsize : stop * dst.itemsize],
             name(dst),
+            streaming,
         )
     assert_cast_as_torch_does(result, source)
 
@@ -165,17 +173,17 @@ def test_hard_doubles_tell_two_roundings_from_one() -> None:
 
 
 @pytest.mark.parametrize(("src", "dst"), PAIRS)
-def test_every_small_size(cpu_target: str, src: torch.dtype, dst: torch.dtype) -> None:
+def test_every_small_size(cpu_target: str, streaming: bool, src: torch.dtype, dst: torch.dtype) -> None:
     for count in range(131):
         source = random_bits(count, src)
-        assert_cast_as_torch_does(cast_at(source, dst), source)
+        assert_cast_as_torch_does(cast_at(source, dst, streaming), source)
 
 
 @pytest.mark.parametrize(("src", "dst"), PAIRS)
-def test_unaligned_starts(cpu_target: str, src: torch.dtype, dst: torch.dtype) -> None:
-    for src_offset, dst_offset in itertools.product(range(16), range(16)):
+def test_unaligned_starts(cpu_target: str, streaming: bool, src: torch.dtype, dst: torch.dtype) -> None:
+    for src_offset, dst_offset in itertools.product(range(16), (*range(16), 24, 32, 48, 56, 62, 63)):
         source = random_bits(67, src)
-        assert_cast_as_torch_does(cast_at(source, dst, src_offset, dst_offset), source)
+        assert_cast_as_torch_does(cast_at(source, dst, streaming, src_offset, dst_offset), source)
 
 
 @pytest.mark.parametrize("edge", [SERIAL_BYTES, CHUNK_BYTES, 2 * CHUNK_BYTES, 5 * CHUNK_BYTES])
@@ -203,19 +211,19 @@ def test_many_small_tensors_around_a_large_one(native: None, threads: int, place
 
 def test_a_buffer_of_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="int8"):
-        _C.cast_buffer(bytes(4), "int8", bytearray(4), "float32")
+        _C.cast_buffer(bytes(4), "int8", bytearray(4), "float32", False)
 
 
 def test_buffers_of_different_numbers_of_elements_are_refused() -> None:
     destination = bytearray(b"untouched!")
     with pytest.raises(ValueError, match="number of elements"):
-        _C.cast_buffer(bytes(16), "float32", destination, "bfloat16")
+        _C.cast_buffer(bytes(16), "float32", destination, "bfloat16", False)
     assert destination == b"untouched!"
 
 
 def test_a_read_only_destination_is_refused() -> None:
     with pytest.raises(BufferError):
-        _C.cast_buffer(bytes(4), "float32", bytes(2), "bfloat16")
+        _C.cast_buffer(bytes(4), "float32", bytes(2), "bfloat16", False)
 
 
 def test_an_unknown_target_is_refused_and_the_choice_stays() -> None:

@@ -109,10 +109,9 @@ py::object Batch::add(const Job& job, py::handle src, at::Tensor dst) {
   if (wrapped == nullptr) {
     throw py::error_already_set();
   }
-  const auto result = py::reinterpret_steal<py::object>(wrapped);
+  auto result = py::reinterpret_steal<py::object>(wrapped);
   jobs_.push_back(job);
   hold(src);
-  hold(result);
   return result;
 }
 

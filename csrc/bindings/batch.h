@@ -11,9 +11,9 @@
 
 namespace fastopt {
 
-// Collects copies between plain tensors (Note [Plain tensors]), and keeps the Python objects of both sides alive: that
-// costs less than to hold the tensors, where every second owner is counted once more in Python. All of it is called
-// with the GIL held.
+// Collects copies between plain tensors (Note [Plain tensors]), and keeps the Python objects of what it was given
+// alive: that costs less than to hold the tensors, where a second owner is counted once more in Python. What it makes,
+// the caller keeps until `run` has returned. All of it is called with the GIL held.
 class Batch {
  public:
   Batch() = default;

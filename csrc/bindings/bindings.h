@@ -23,7 +23,7 @@ pybind11::list to_plain(const pybind11::list& tensors, const pybind11::object& d
 
 // kernels.cpp
 void cast_buffer(const pybind11::buffer& src, const std::string& src_dtype, const pybind11::buffer& dst,
-                 const std::string& dst_dtype);
+                 const std::string& dst_dtype, bool streaming);
 pybind11::dict build_info();
 
 }  // namespace fastopt

@@ -32,7 +32,7 @@ DType dtype_named(const std::string& name) {
 
 // Casts between raw buffers with the kernels in use, at any alignment: how the tests reach the kernels themselves.
 void cast_buffer(const py::buffer& src, const std::string& src_dtype, const py::buffer& dst,
-                 const std::string& dst_dtype) {
+                 const std::string& dst_dtype, bool streaming) {
   const py::buffer_info from = src.request();
   const py::buffer_info to = dst.request(/*writable=*/true);
   const DType src_type = src_dtype == dst_dtype ? DType::Byte : dtype_named(src_dtype);
@@ -41,7 +41,7 @@ void cast_buffer(const py::buffer& src, const std::string& src_dtype, const py::
   if (to.size * to.itemsize != count * size_of(dst_type)) {
     throw std::invalid_argument("cast_buffer: the buffers differ in their number of elements");
   }
-  kernels().find(src_type, dst_type)(from.ptr, to.ptr, count);
+  kernels().find(src_type, dst_type, streaming ? Store::Streaming : Store::Cached)(from.ptr, to.ptr, count);
 }
 
 // How this extension was built: torch version, compiler, CUDA version or None.

@@ -13,7 +13,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("copy_plain", &fastopt::copy_plain, py::arg("dsts"), py::arg("srcs"), py::arg("leave"));
   module.def("to_plain", &fastopt::to_plain, py::arg("tensors"), py::arg("dtype"), py::arg("copy"));
   module.def("cast_buffer", &fastopt::cast_buffer, py::arg("src"), py::arg("src_dtype"), py::arg("dst"),
-             py::arg("dst_dtype"));
+             py::arg("dst_dtype"), py::arg("streaming"));
   module.def("cpu_targets", &fastopt::cpu_targets);
   module.def("cpu_target", [] { return fastopt::kernels().target; });
   module.def("use_cpu_target", &fastopt::use_cpu_target, py::arg("name"));

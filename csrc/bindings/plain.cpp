@@ -58,8 +58,8 @@ bool is_plain(const at::Tensor& tensor) {
   return autograd == nullptr || autograd->fw_grad_ == nullptr;
 }
 
-bool is_plainly_copied(PyObject* object, const at::Tensor& tensor) {
-  return is_plain(tensor) && !tensor.requires_grad() && !tensor.grad().defined() && tensor.storage().use_count() == 1 &&
+bool has_only_its_storage(PyObject* object, const at::Tensor& tensor) {
+  return !tensor.requires_grad() && !tensor.grad().defined() && tensor.storage().use_count() == 1 &&
          !has_attributes(object);
 }
 

@@ -19,9 +19,9 @@ namespace fastopt {
 // the Python rules, which ask torch.
 bool is_plain(const at::Tensor& tensor);
 
-// Plain, and with nothing that a deep copy would carry over besides the storage: no Python attributes, and a storage
-// that no other tensor uses.
-bool is_plainly_copied(PyObject* object, const at::Tensor& tensor);
+// Whether a plain tensor has nothing that a deep copy would carry over besides the storage: no gradient, no Python
+// attributes, and a storage that no other tensor uses.
+bool has_only_its_storage(PyObject* object, const at::Tensor& tensor);
 
 // The kernels' dtypes for a cast of plain tensors, where there is a kernel; equal dtypes are moved as bytes.
 struct CastDTypes {

@@ -203,7 +203,7 @@ class Walk {
       }
       check(PyErr_Occurred() != nullptr);
     }
-    if (!is_plainly_copied(object.ptr(), tensor)) {
+    if (!has_only_its_storage(object.ptr(), tensor)) {
       return {};
     }
     py::object result = batch_.clone(object);

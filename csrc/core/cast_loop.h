@@ -1,8 +1,10 @@
-// The loop that every cast kernel is, for vectors of any width.
+// The loop that every kernel is, for vectors of any width.
 //
-// `Vector` offers `kWidth`, `load(const T*)` to `kWidth` float32 lanes, and `store(T*, lanes)` for each floating dtype
-// T. Included by one file per instruction set, after that file has set its target: everything here has internal
-// linkage, or the linker might keep the copy that the machine cannot run.
+// `Vector` offers `kWidth`, `load<T>(from)` to `kWidth` float32 lanes, and `store<T, how>(to, lanes)` for each floating
+// dtype T; `stream_line(from, to)` for the bytes of a cache line; and `fence()`, after which other threads see what was
+// streamed. To stream, `to` is aligned to the line, and further on to the bytes of a vector. Included by
+// one file per instruction set, after that file has set its target: everything here has internal linkage, or the linker
+// might keep the copy that the machine cannot run.
 #pragma once
 
 #include <cstdint>
@@ -25,44 +27,82 @@ void cast_scalar(const char* src, char* dst, int64_t count) {
   }
 }
 
-template <class Vector, class Src, class Dst>
+constexpr size_t kLine = 64;
+
+inline size_t bytes_to_line(const void* address) {
+  return (kLine - reinterpret_cast<uintptr_t>(address) % kLine) % kLine;
+}
+
+template <class Vector, class Src, class Dst, Store kStore>
 void cast(const void* src, void* dst, int64_t count) {
+  constexpr int64_t kSrc = sizeof(Src);
+  constexpr int64_t kDst = sizeof(Dst);
   const char* from = static_cast<const char*>(src);
   char* to = static_cast<char*>(dst);
   int64_t i = 0;
-  for (; i + Vector::kWidth <= count; i += Vector::kWidth) {
-    const auto lanes = Vector::template load<Src>(from + i * static_cast<int64_t>(sizeof(Src)));
-    Vector::template store<Dst>(to + i * static_cast<int64_t>(sizeof(Dst)), lanes);
+  if constexpr (kStore == Store::Streaming) {
+    const auto offset = static_cast<int64_t>(bytes_to_line(to));
+    if (offset % kDst != 0) {
+      return cast<Vector, Src, Dst, Store::Cached>(src, dst, count);
+    }
+    i = std::min(offset / kDst, count);
+    cast_scalar<Src, Dst>(from, to, i);
   }
-  cast_scalar<Src, Dst>(from + i * static_cast<int64_t>(sizeof(Src)), to + i * static_cast<int64_t>(sizeof(Dst)),
-                        count - i);
+  for (; i + Vector::kWidth <= count; i += Vector::kWidth) {
+    Vector::template store<Dst, kStore>(to + i * kDst, Vector::template load<Src>(from + i * kSrc));
+  }
+  if constexpr (kStore == Store::Streaming) {
+    Vector::fence();
+  }
+  cast_scalar<Src, Dst>(from + i * kSrc, to + i * kDst, count - i);
 }
 
-void move_bytes(const void* src, void* dst, int64_t count) {
+template <class Vector>
+void move_cached(const void* src, void* dst, int64_t count) {
   if (count > 0) {  // memcpy takes no null pointer, and an empty tensor may have one
     std::memcpy(dst, src, static_cast<size_t>(count));
   }
 }
 
-template <class Vector, class Src>
+template <class Vector>
+void move_streaming(const void* src, void* dst, int64_t count) {
+  const char* from = static_cast<const char*>(src);
+  char* to = static_cast<char*>(dst);
+  const int64_t head = std::min(static_cast<int64_t>(bytes_to_line(to)), count);
+  move_cached<Vector>(from, to, head);
+  int64_t i = head;
+  for (; i + static_cast<int64_t>(kLine) <= count; i += kLine) {
+    Vector::stream_line(from + i, to + i);
+  }
+  Vector::fence();
+  move_cached<Vector>(from + i, to + i, count - i);
+}
+
+template <class Vector, class Src, Store kStore>
 constexpr std::array<CastFn, kDTypes> casts_from() {
-  return {cast<Vector, Src, float>, cast<Vector, Src, bfloat16>, cast<Vector, Src, float16>, cast<Vector, Src, double>,
-          nullptr};
+  return {cast<Vector, Src, float, kStore>, cast<Vector, Src, bfloat16, kStore>, cast<Vector, Src, float16, kStore>,
+          cast<Vector, Src, double, kStore>, nullptr};
 }
 
 // The order is that of DType. The diagonal is empty: equal dtypes are moved as Byte.
+template <class Vector, Store kStore>
+constexpr Kernels::Table make_table(CastFn move) {
+  Kernels::Table table{casts_from<Vector, float, kStore>(),
+                       casts_from<Vector, bfloat16, kStore>(),
+                       casts_from<Vector, float16, kStore>(),
+                       casts_from<Vector, double, kStore>(),
+                       {nullptr, nullptr, nullptr, nullptr, move}};
+  for (size_t same = 0; same + 1 < kDTypes; ++same) {
+    table[same][same] = nullptr;
+  }
+  return table;
+}
+
 template <class Vector>
 constexpr Kernels make_kernels(const char* target) {
-  Kernels kernels{target,
-                  {casts_from<Vector, float>(),
-                   casts_from<Vector, bfloat16>(),
-                   casts_from<Vector, float16>(),
-                   casts_from<Vector, double>(),
-                   {nullptr, nullptr, nullptr, nullptr, move_bytes}}};
-  for (size_t same = 0; same + 1 < kDTypes; ++same) {
-    kernels.table[same][same] = nullptr;
-  }
-  return kernels;
+  return {target,
+          {make_table<Vector, Store::Cached>(move_cached<Vector>),
+           make_table<Vector, Store::Streaming>(move_streaming<Vector>)}};
 }
 
 }  // namespace

@@ -11,12 +11,19 @@ namespace fastopt {
 // Casts `count` elements from `src` to `dst`. The two do not overlap; neither needs any alignment; `count` may be zero.
 using CastFn = void (*)(const void* src, void* dst, int64_t count);
 
-struct Kernels {
-  const char* target;
-  // table[src][dst]; null where no kernel exists (Byte goes only to Byte).
-  std::array<std::array<CastFn, kDTypes>, kDTypes> table;
+// How a kernel writes: through the cache, or past it, for output that would not stay there until somebody reads it.
+enum class Store : uint8_t { Cached, Streaming };
 
-  CastFn find(DType src, DType dst) const { return table[static_cast<size_t>(src)][static_cast<size_t>(dst)]; }
+struct Kernels {
+  using Table = std::array<std::array<CastFn, kDTypes>, kDTypes>;
+
+  const char* target;
+  // [store][src][dst]; null where no kernel exists (Byte goes only to Byte).
+  std::array<Table, 2> tables;
+
+  CastFn find(DType src, DType dst, Store store = Store::Cached) const {
+    return tables[static_cast<size_t>(store)][static_cast<size_t>(src)][static_cast<size_t>(dst)];
+  }
 };
 
 // One a file, so that each is compiled for its own instruction set and nothing else is.

@@ -7,6 +7,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
@@ -19,76 +20,99 @@
 namespace fastopt {
 namespace {
 
-struct EightLanes {
-  static constexpr int64_t kWidth = 8;
-
-  template <class T>
-  static __m256 load(const char* from);
-
-  template <class T>
-  static void store(char* to, __m256 lanes);
+struct Lanes {
+  __m256 low;
+  __m256 high;
 };
 
-inline const __m128i* as_m128(const char* at) {
-  return reinterpret_cast<const __m128i*>(at);
+inline __m128i load_eight_halves(const char* from) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
 }
 
-inline __m128i* as_m128(char* at) {
-  return reinterpret_cast<__m128i*>(at);
+template <Store kStore>
+void put(char* to, __m256i bits) {
+  auto* at = reinterpret_cast<__m256i*>(to);
+  kStore == Store::Streaming ? _mm256_stream_si256(at, bits) : _mm256_storeu_si256(at, bits);
 }
 
-template <>
-__m256 EightLanes::load<float>(const char* from) {
-  return _mm256_loadu_ps(reinterpret_cast<const float*>(from));
-}
-
-template <>
-__m256 EightLanes::load<bfloat16>(const char* from) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(as_m128(from))), 16));
-}
-
-template <>
-__m256 EightLanes::load<float16>(const char* from) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(as_m128(from)));
-}
-
-template <>
-__m256 EightLanes::load<double>(const char* from) {
-  const double* doubles = reinterpret_cast<const double*>(from);
-  return _mm256_set_m128(_mm256_cvtpd_ps(_mm256_loadu_pd(doubles + 4)), _mm256_cvtpd_ps(_mm256_loadu_pd(doubles)));
-}
-
-template <>
-void EightLanes::store<float>(char* to, __m256 lanes) {
-  _mm256_storeu_ps(reinterpret_cast<float*>(to), lanes);
-}
-
-template <>
-void EightLanes::store<bfloat16>(char* to, __m256 lanes) {
+// Rounded to bfloat16, in the lower half of each lane.
+inline __m256i rounded(__m256 lanes) {
   const __m256i bits = _mm256_castps_si256(lanes);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(lanes, lanes, _CMP_UNORD_Q));
-  const __m256i rounded = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), nan);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0xd8);
-  _mm_storeu_si128(as_m128(to), _mm256_castsi256_si128(packed));
+  return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), nan);
+}
+
+// Two registers, so that a store of 16-bit elements fills a whole one as well.
+struct SixteenLanes {
+  static constexpr int64_t kWidth = 16;
+
+  template <class T>
+  static Lanes load(const char* from) {
+    return {load_eight<T>(from), load_eight<T>(from + 8 * sizeof(T))};
+  }
+
+  template <class T>
+  static __m256 load_eight(const char* from);
+
+  template <class T, Store kStore>
+  static void store(char* to, Lanes lanes) {
+    if constexpr (std::is_same_v<T, float>) {
+      put<kStore>(to, _mm256_castps_si256(lanes.low));
+      put<kStore>(to + 32, _mm256_castps_si256(lanes.high));
+    } else if constexpr (std::is_same_v<T, bfloat16>) {
+      const __m256i packed = _mm256_packus_epi32(rounded(lanes.low), rounded(lanes.high));
+      put<kStore>(to, _mm256_permute4x64_epi64(packed, 0xd8));
+    } else if constexpr (std::is_same_v<T, float16>) {
+      put<kStore>(to, _mm256_set_m128i(_mm256_cvtps_ph(lanes.high, _MM_FROUND_TO_NEAREST_INT),
+                                       _mm256_cvtps_ph(lanes.low, _MM_FROUND_TO_NEAREST_INT)));
+    } else {
+      static_assert(std::is_same_v<T, double>);
+      store_eight_doubles<kStore>(to, lanes.low);
+      store_eight_doubles<kStore>(to + 64, lanes.high);
+    }
+  }
+
+  template <Store kStore>
+  static void store_eight_doubles(char* to, __m256 lanes) {
+    put<kStore>(to, _mm256_castpd_si256(_mm256_cvtps_pd(_mm256_castps256_ps128(lanes))));
+    put<kStore>(to + 32, _mm256_castpd_si256(_mm256_cvtps_pd(_mm256_extractf128_ps(lanes, 1))));
+  }
+
+  static void stream_line(const char* from, char* to) {
+    const auto* line = reinterpret_cast<const __m256i*>(from);
+    put<Store::Streaming>(to, _mm256_loadu_si256(line));
+    put<Store::Streaming>(to + 32, _mm256_loadu_si256(line + 1));
+  }
+
+  static void fence() { _mm_sfence(); }
+};
+
+template <>
+__m256 SixteenLanes::load_eight<float>(const char* from) {
+  return _mm256_loadu_ps(reinterpret_cast<const float*>(from));
 }
 
 template <>
-void EightLanes::store<float16>(char* to, __m256 lanes) {
-  _mm_storeu_si128(as_m128(to), _mm256_cvtps_ph(lanes, _MM_FROUND_TO_NEAREST_INT));
+__m256 SixteenLanes::load_eight<bfloat16>(const char* from) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_eight_halves(from)), 16));
 }
 
 template <>
-void EightLanes::store<double>(char* to, __m256 lanes) {
-  double* doubles = reinterpret_cast<double*>(to);
-  _mm256_storeu_pd(doubles, _mm256_cvtps_pd(_mm256_castps256_ps128(lanes)));
-  _mm256_storeu_pd(doubles + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(lanes, 1)));
+__m256 SixteenLanes::load_eight<float16>(const char* from) {
+  return _mm256_cvtph_ps(load_eight_halves(from));
+}
+
+template <>
+__m256 SixteenLanes::load_eight<double>(const char* from) {
+  const double* doubles = reinterpret_cast<const double*>(from);
+  return _mm256_set_m128(_mm256_cvtpd_ps(_mm256_loadu_pd(doubles + 4)), _mm256_cvtpd_ps(_mm256_loadu_pd(doubles)));
 }
 
 }  // namespace
 
-constexpr Kernels kAvx2Kernels = make_kernels<EightLanes>("avx2");
+constexpr Kernels kAvx2Kernels = make_kernels<SixteenLanes>("avx2");
 
 }  // namespace fastopt
 

@@ -13,6 +13,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c"))), apply_to = function)
@@ -25,14 +26,51 @@
 namespace fastopt {
 namespace {
 
+template <Store kStore>
+void put(char* to, __m512i bits) {
+  kStore == Store::Streaming ? _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits)
+                             : _mm512_storeu_si512(to, bits);
+}
+
+template <Store kStore>
+void put(char* to, __m256i bits) {
+  auto* at = reinterpret_cast<__m256i*>(to);
+  kStore == Store::Streaming ? _mm256_stream_si256(at, bits) : _mm256_storeu_si256(at, bits);
+}
+
+// Rounded to bfloat16, in the lower half of each lane.
+inline __m512i rounded(__m512 lanes) {
+  const __m512i bits = _mm512_castps_si512(lanes);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(lanes, lanes, _CMP_UNORD_Q);
+  return _mm512_mask_blend_epi32(nan, _mm512_srli_epi32(sum, 16), _mm512_set1_epi32(0x7fc0));
+}
+
 struct SixteenLanes {
   static constexpr int64_t kWidth = 16;
 
   template <class T>
   static __m512 load(const char* from);
 
-  template <class T>
-  static void store(char* to, __m512 lanes);
+  template <class T, Store kStore>
+  static void store(char* to, __m512 lanes) {
+    if constexpr (std::is_same_v<T, float>) {
+      put<kStore>(to, _mm512_castps_si512(lanes));
+    } else if constexpr (std::is_same_v<T, bfloat16>) {
+      put<kStore>(to, _mm512_cvtepi32_epi16(rounded(lanes)));
+    } else if constexpr (std::is_same_v<T, float16>) {
+      put<kStore>(to, _mm512_cvtps_ph(lanes, _MM_FROUND_TO_NEAREST_INT));
+    } else {
+      static_assert(std::is_same_v<T, double>);
+      put<kStore>(to, _mm512_castpd_si512(_mm512_cvtps_pd(_mm512_castps512_ps256(lanes))));
+      put<kStore>(to + 64, _mm512_castpd_si512(_mm512_cvtps_pd(_mm512_extractf32x8_ps(lanes, 1))));
+    }
+  }
+
+  static void stream_line(const char* from, char* to) { put<Store::Streaming>(to, _mm512_loadu_si512(from)); }
+
+  static void fence() { _mm_sfence(); }
 };
 
 template <>
@@ -56,32 +94,6 @@ __m512 SixteenLanes::load<double>(const char* from) {
   const __m256 low = _mm512_cvtpd_ps(_mm512_loadu_pd(from));
   const __m256 high = _mm512_cvtpd_ps(_mm512_loadu_pd(from + 64));
   return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
-}
-
-template <>
-void SixteenLanes::store<float>(char* to, __m512 lanes) {
-  _mm512_storeu_ps(to, lanes);
-}
-
-template <>
-void SixteenLanes::store<bfloat16>(char* to, __m512 lanes) {
-  const __m512i bits = _mm512_castps_si512(lanes);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(lanes, lanes, _CMP_UNORD_Q);
-  const __m512i rounded = _mm512_mask_blend_epi32(nan, _mm512_srli_epi32(sum, 16), _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
-}
-
-template <>
-void SixteenLanes::store<float16>(char* to, __m512 lanes) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(lanes, _MM_FROUND_TO_NEAREST_INT));
-}
-
-template <>
-void SixteenLanes::store<double>(char* to, __m512 lanes) {
-  _mm512_storeu_pd(to, _mm512_cvtps_pd(_mm512_castps512_ps256(lanes)));
-  _mm512_storeu_pd(to + 64, _mm512_cvtps_pd(_mm512_extractf32x8_ps(lanes, 1)));
 }
 
 }  // namespace

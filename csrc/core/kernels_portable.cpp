@@ -14,12 +14,17 @@ struct OneLane {
     return to_float(value);
   }
 
-  template <class T>
+  // There is no portable way past the cache.
+  template <class T, Store>
   static void store(char* to, float lane) {
     T value;
     from_float(lane, value);
     std::memcpy(to, &value, sizeof(T));
   }
+
+  static void stream_line(const char* from, char* to) { std::memcpy(to, from, kLine); }
+
+  static void fence() {}
 };
 
 }  // namespace
