@@ -28,11 +28,6 @@ from tests.oracle import (
 pytestmark = pytest.mark.usefixtures("backend")
 
 
-@pytest.fixture(params=[True, False], ids=["copied", "shared"])
-def copy(request):
-    return request.param
-
-
 def saved():
     return trained(adam(), seed=1).state_dict()
 

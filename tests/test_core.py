@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "csrc" / "core"
-TEST = ROOT / "tests" / "core" / "core_test.cpp"
+TESTS = ROOT / "tests" / "core"
 FLAGS = (
     "-std=c++20",
     "-Wall",
@@ -35,7 +35,7 @@ def run(command: list[str], **variables: str) -> str:
 def test_the_core_alone_under(sanitizers: str, part: str, tmp_path: Path) -> None:
     program = str(tmp_path / "core_test")
     compiler = os.environ.get("CXX", "g++").split()
-    sources = [*sorted(str(path) for path in CORE.glob("*.cpp")), str(TEST)]
+    sources = [str(path) for folder in (CORE, TESTS) for path in sorted(folder.glob("*.cpp"))]
     checks = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     run([*compiler, *FLAGS, *checks, f"-I{CORE}", *sources, "-o", program])
     output = run([program, part], UBSAN_OPTIONS="print_stacktrace=1", TSAN_OPTIONS="halt_on_error=1")
@@ -46,4 +46,5 @@ def test_the_core_alone_under(sanitizers: str, part: str, tmp_path: Path) -> Non
 
 
 def declared_tests() -> list[str]:
-    return re.findall(r"^void (test_\w+)\(", TEST.read_text(), flags=re.MULTILINE)
+    code = "".join(path.read_text() for path in sorted(TESTS.glob("*.cpp")))
+    return re.findall(r"^void (test_\w+)\(", code, flags=re.MULTILINE)

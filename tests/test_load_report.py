@@ -1,0 +1,84 @@
+"""The report of `load_state_dict()`: what was cast, copied and shared, what was missing and lost."""
+
+import copy as copying
+from collections import Counter
+
+import pytest
+import torch
+
+import fastopt
+from tests.loads import FunctionLog, load_both, saved, tensor, values
+from tests.oracle import TORCH_STATE_DICT, Bare, adam, leaves, parameter, trained
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+def test_report_counts_what_was_done(copy):
+    def make_optimizer():
+        optimizer = adam((3, 4), (5,), (6,), (2, 2))
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        params[1].data = params[1].data.bfloat16()
+        params[2].data = params[2].data.double()
+        return optimizer
+
+    state_dict = copying.deepcopy(TORCH_STATE_DICT(trained(adam((3, 4), (5,), (6,), (2, 2)), skip=(3,))))
+    state_dict["state"]["alien"] = {"a": tensor(2)}
+    optimizer, report = load_both(make_optimizer, state_dict, copy)
+
+    casts, unchanged = Counter(), Counter()
+    read, written = 0, 0
+    for state, loaded in zip(state_dict["state"].values(), optimizer.state.values(), strict=True):
+        for before, after in zip(leaves(state), leaves(loaded), strict=True):
+            if isinstance(before, torch.Tensor) and state is not state_dict["state"]["alien"]:
+                (casts if before.dtype != after.dtype else unchanged)[before.dtype, after.dtype] += 1
+                if before.dtype != after.dtype or copy:
+                    read += before.nbytes
+                    written += after.nbytes
+    reported = {pair: count.tensors for pair, count in report.casts.items()}
+    assert reported == casts | (unchanged if copy else {})
+    assert (report.copied, report.shared) == ((unchanged.total(), 0) if copy else (0, unchanged.total()))
+    assert report.tensors == casts.total() + unchanged.total()
+    assert (report.bytes_read, report.bytes_written) == (read, written)
+    assert (report.missing, report.unexpected) == ([3], ["alien"])
+    assert report.emptied == 0
+    assert report.seconds > 0
+    assert report.backend == fastopt.backend().name
+
+    text = str(report)
+    for (before, after), count in casts.items():
+        assert f"{count} from {str(before).removeprefix('torch.')} to {str(after).removeprefix('torch.')}" in text
+    assert f"{'copied' if copy else 'shared'} {unchanged.total()}" in text
+    for named in (fastopt.backend().name, "no state for 1 parameters: 3", "'alien'"):
+        assert named in text
+
+
+def test_report_is_the_same_on_both_backends_for_all_kinds_of_values(backend, copy):
+    value = values()
+    _, report = load_both(lambda: Bare([parameter(3, 4)]), saved({0: value}), copy)
+    with_python = Bare([parameter(3, 4)])
+    with FunctionLog():
+        watched = fastopt.load_state_dict(with_python, saved({0: value}), copy=copy)
+    assert watched.backend == "python"
+    for field in ("casts", "copied", "shared", "missing", "unexpected", "emptied"):
+        assert getattr(report, field) == getattr(watched, field), field
+
+
+def test_report_says_how_many_tensors_lost_their_values(copy):
+    optimizer = Bare([torch.nn.Parameter(torch.empty(3, device="meta"))])
+    report = fastopt.load_state_dict(optimizer, saved({0: {"a": tensor(3), "step": tensor()}}), copy=copy)
+    assert report.emptied == 1
+    assert "meta" in str(report)
+
+
+def test_long_lists_in_the_report_are_cut():
+    optimizer = Bare([parameter(1) for _ in range(1000)])
+    report = fastopt.load_state_dict(optimizer, saved({}, range(1000)))
+    assert report.missing == list(range(1000))
+    assert "1,000 parameters" in str(report)
+    assert len(str(report)) < len(str(report.missing))
+
+
+def test_report_of_nothing():
+    report = fastopt.load_state_dict(Bare([parameter(1)]), saved({}, [0]))
+    assert (report.tensors, report.bytes_read, report.bytes_written, report.casts) == (0, 0, 0, {})
+    assert str(report).startswith("loaded 0 tensors")
