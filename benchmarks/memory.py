@@ -20,6 +20,8 @@ def touch(size: int) -> None:
     would pay for all. Not by malloc, whose thresholds learn from every large block that is freed.
     """
     with mmap.mmap(-1, max(size, ENOUGH_FOR_ALL_THREADS), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            block.madvise(mmap.MADV_HUGEPAGE)  # such pages are what large results will ask for
         torch.frombuffer(block, dtype=torch.uint8).fill_(1)
 
 

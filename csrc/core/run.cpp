@@ -16,15 +16,27 @@ constexpr int64_t kChunkCost = 1 << 20;    // small against a thread's share, la
 constexpr int64_t kSerialCost = 64 << 10;  // less than this is done before a second thread would have woken
 constexpr int64_t kCutElements = 64;       // cuts fall on multiples of this: whole vectors and, mostly, cache lines
 
+// Note [Streaming]
+// A store that misses the cache first reads the line that it will overwrite; one that streams past the cache does not.
+// That pays where the output would be gone from the cache before somebody reads it, and costs where it would not.
+// Measured with 32 MiB of last-level cache, two threads, float32 to bfloat16, GB/s read and written, cached against
+// streaming: 38 against 33 for batches that write 4 MiB, 22 against 27 for 16 MiB and more; in jobs of 256 bytes 25
+// against 12, of 4 KiB 24 against 29. Into fresh pages, which the system has just cleared: 17 against 18.
+constexpr int64_t kStreamedBatch = 16 << 20;  // bytes written
+constexpr int64_t kStreamedJob = 4 << 10;
+
 class Line {
  public:
   explicit Line(std::span<const Job> jobs) : jobs_(jobs) {
     ends_.reserve(jobs.size());
     int64_t end = 0;
+    int64_t written = 0;
     for (const Job& job : jobs) {
       end += kJobCost + job.count * bytes_per_element(job);
       ends_.push_back(end);
+      written += bytes_written(job);
     }
+    streams_ = written >= kStreamedBatch;
   }
 
   int64_t length() const { return ends_.empty() ? 0 : ends_.back(); }
@@ -37,14 +49,16 @@ class Line {
       const int64_t first = element_at(index, begin);
       const int64_t last = element_at(index, end);
       if (first < last) {
-        kernels.find(job.src_dtype, job.dst_dtype)(static_cast<const char*>(job.src) + first * size_of(job.src_dtype),
-                                                   static_cast<char*>(job.dst) + first * size_of(job.dst_dtype),
-                                                   last - first);
+        const CastFn cast = kernels.find(job.src_dtype, job.dst_dtype, store_of(job));
+        cast(static_cast<const char*>(job.src) + first * size_of(job.src_dtype),
+             static_cast<char*>(job.dst) + first * size_of(job.dst_dtype), last - first);
       }
     }
   }
 
  private:
+  static int64_t bytes_written(const Job& job) { return job.count * size_of(job.dst_dtype); }
+
   static int64_t bytes_per_element(const Job& job) { return size_of(job.src_dtype) + size_of(job.dst_dtype); }
 
   int64_t start_of(size_t index) const { return index == 0 ? 0 : ends_[index - 1]; }
@@ -60,8 +74,13 @@ class Line {
     return offset / bytes_per_element(job) / kCutElements * kCutElements;
   }
 
+  Store store_of(const Job& job) const {
+    return streams_ && bytes_written(job) >= kStreamedJob ? Store::Streaming : Store::Cached;
+  }
+
   std::span<const Job> jobs_;
   std::vector<int64_t> ends_;
+  bool streams_;  // Note [Streaming]
 };
 
 }  // namespace

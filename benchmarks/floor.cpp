@@ -1,0 +1,151 @@
+// The floor of a cast: the same bytes read, the same bytes written past the cache, into the same kind of memory, by as
+// many threads; no tensors, no Python objects, no rounding. Built by floor.py for the machine it runs on.
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+struct Move {
+  const char* src;
+  char* dst;
+  int64_t count;
+};
+
+#if defined(__AVX2__)
+
+using Register = __m256i;
+
+Register load(const char* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+
+template <bool kStreaming>
+void put(char* to, Register bits) {
+  auto* at = reinterpret_cast<__m256i*>(to);
+  kStreaming ? _mm256_stream_si256(at, bits) : _mm256_storeu_si256(at, bits);
+}
+
+void fence() {
+  _mm_sfence();
+}
+
+#else
+
+struct alignas(32) Register {
+  char bytes[32];
+  friend Register operator^(Register a, const Register& b) {
+    for (int i = 0; i < 32; ++i) a.bytes[i] = static_cast<char>(a.bytes[i] ^ b.bytes[i]);
+    return a;
+  }
+};
+
+Register load(const char* from) {
+  Register bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return bits;
+}
+
+template <bool kStreaming>
+void put(char* to, Register bits) {
+  std::memcpy(to, &bits, sizeof(bits));
+}
+
+void fence() {}
+
+#endif
+
+// Reads `kSrc` registers and writes `kDst`, over and over: a ratio of element sizes.
+template <int kSrc, int kDst, bool kStreaming>
+void move_ratio(const char* src, char* dst, int64_t dst_bytes) {
+  constexpr int64_t kStep = 32 * kDst;
+  int64_t done = 0;
+  for (; done + kStep <= dst_bytes; done += kStep, src += 32 * kSrc) {
+    Register bits[kSrc];
+    for (int i = 0; i < kSrc; ++i) {
+      bits[i] = load(src + 32 * i);
+    }
+    for (int i = kDst; i < kSrc; ++i) {
+      bits[i % kDst] = bits[i % kDst] ^ bits[i];
+    }
+    for (int i = 0; i < kDst; ++i) {
+      put<kStreaming>(dst + done + 32 * i, bits[i % kSrc]);
+    }
+  }
+  if (kStreaming) {
+    fence();
+  }
+  std::memset(dst + done, 0, static_cast<size_t>(dst_bytes - done));
+}
+
+using MoveFn = void (*)(const char*, char*, int64_t);
+
+template <bool kStreaming>
+MoveFn mover(int64_t src_size, int64_t dst_size) {
+  if (src_size == dst_size) return move_ratio<2, 2, kStreaming>;
+  if (src_size == 2 * dst_size) return move_ratio<4, 2, kStreaming>;
+  if (2 * src_size == dst_size) return move_ratio<1, 2, kStreaming>;
+  return nullptr;
+}
+
+constexpr int64_t kChunk = 256 << 10;  // elements
+
+}  // namespace
+
+// Moves `moves` tensors of `counts` elements. Streaming needs destinations aligned to 32 bytes. False where there is no
+// loop for the sizes.
+extern "C" bool floor_move(const uint64_t* srcs, const uint64_t* dsts, const int64_t* counts, int64_t moves,
+                           int64_t src_size, int64_t dst_size, bool streaming, int64_t threads) {
+  const MoveFn move = streaming ? mover<true>(src_size, dst_size) : mover<false>(src_size, dst_size);
+  if (move == nullptr) {
+    return false;
+  }
+  std::vector<Move> chunks;
+  for (int64_t i = 0; i < moves; ++i) {
+    for (int64_t first = 0; first < counts[i]; first += kChunk) {
+      chunks.push_back({reinterpret_cast<const char*>(srcs[i]) + first * src_size,
+                        reinterpret_cast<char*>(dsts[i]) + first * dst_size, std::min(kChunk, counts[i] - first)});
+    }
+  }
+  std::atomic<size_t> next{0};
+  const auto work = [&] {
+    for (size_t i = next++; i < chunks.size(); i = next++) {
+      move(chunks[i].src, chunks[i].dst, chunks[i].count * dst_size);
+    }
+  };
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < threads; ++i) {
+    others.emplace_back(work);
+  }
+  work();
+  for (std::thread& other : others) {
+    other.join();
+  }
+  return true;
+}
+
+// Fresh memory in huge pages where the system has them; 0 where there is none.
+extern "C" uint64_t floor_map(uint64_t bytes) {
+  void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) {
+    return 0;
+  }
+#if defined(MADV_HUGEPAGE)
+  madvise(mapped, bytes, MADV_HUGEPAGE);
+#endif
+  return reinterpret_cast<uint64_t>(mapped);
+}
+
+extern "C" void floor_unmap(uint64_t address, uint64_t bytes) {
+  munmap(reinterpret_cast<void*>(address), bytes);
+}
