@@ -30,6 +30,8 @@ class LoadReport:
     """Tensors that needed no cast and were copied, as `copy=True` asks."""
     shared: int = 0
     """Tensors that needed no cast and are now the optimizer's and the dict's alike, as `copy=False` allows."""
+    filled: int = 0
+    """Tensors of the optimizer's own that were filled, as `inplace=True` asks."""
     missing: list[int] = field(default_factory=list)
     """Indices of the optimizer's parameters for which the dict holds no state."""
     unexpected: list[Any] = field(default_factory=list)
@@ -73,6 +75,8 @@ class LoadReport:
             lines.append(f"  copied {self.copied:,} unchanged")
         if self.shared:
             lines.append(f"  shared {self.shared:,} with the dict that was loaded")
+        if self.filled:
+            lines.append(f"  filled {self.filled:,} in place")
         if self.missing:
             lines.append(f"  no state for {len(self.missing):,} parameters: {_some(self.missing)}")
         if self.unexpected:

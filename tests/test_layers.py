@@ -16,12 +16,14 @@ PYTHON_LAYERS = (
     ("fastopt",),
     ("fastopt.patch",),
     ("fastopt.batch", "fastopt.state_dict"),
+    ("fastopt.inplace",),
+    ("fastopt.casting",),
     ("fastopt.report",),
     ("fastopt.backends",),
     ("fastopt.backends.native",),
     ("fastopt.backends.python",),
     ("fastopt.backends.interface",),
-    ("fastopt.errors", "fastopt.collector"),
+    ("fastopt.errors", "fastopt.collector", "fastopt.containers"),
     ("fastopt._C",),
 )
 CPP_LAYERS = (("csrc/bindings",), ("csrc/cuda",), ("csrc/core",))

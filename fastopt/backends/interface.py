@@ -11,7 +11,7 @@ State = defaultdict[Any, Any]
 
 
 class Rules(Protocol):
-    """How one value of a saved state becomes a value of the optimizer: `fastopt.state_dict.Cast`, seen from below."""
+    """How one value of a saved state becomes a value of the optimizer: `fastopt.casting.Cast`, seen from below."""
 
     memo: dict[int, Any] | None
     """The memo of `copy.deepcopy` where the optimizer must share nothing with the saved dict; None where it may."""

@@ -1,0 +1,25 @@
+"""Containers of a state, and what in them is taken as it is."""
+
+import collections
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+
+def is_leaf(value: Any) -> bool:
+    """Whether a value is taken as it is although one could iterate over it.
+
+    torch rebuilds these from their items as well, which turns a str into the text of a generator and raises for a range
+    and a numpy array.
+    """
+    numpy = sys.modules.get("numpy")
+    return isinstance(value, str | bytes | range) or (numpy is not None and isinstance(value, numpy.ndarray))
+
+
+def rebuilt(value: Iterable[Any], items: Iterator[Any]) -> Any:
+    """A container of the same type around other items."""
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(items)
+    if isinstance(value, collections.deque):
+        return type(value)(items, value.maxlen)
+    return type(value)(items)  # type: ignore[call-arg]

@@ -1,0 +1,86 @@
+"""Loading into the tensors that an optimizer already holds."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+
+from fastopt.backends import current, python
+from fastopt.backends.interface import Group
+from fastopt.casting import Cast
+from fastopt.containers import is_leaf, rebuilt
+from fastopt.errors import describe_tensor
+
+
+class CastInPlace(Cast):
+    """Pairs each saved tensor with the one that the optimizer holds in its place; `commit` fills all of them at once.
+
+    What is no tensor becomes what it does in any load, and is copied.
+    """
+
+    def __init__(self, groups: Sequence[Group], saved_groups: list[Group], held_state: Mapping[Any, Any]) -> None:
+        super().__init__(groups, saved_groups, copy=True)
+        self.backend = python  # walks the state; the bytes, nearly all of the work, are for the backend in use
+        self.held_state = held_state
+        self.held: list[torch.Tensor] = []
+        self.saved: list[torch.Tensor] = []
+
+    def __call__(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None) -> Any:
+        """The new state of a parameter, around the tensors of its present one.
+
+        Raises:
+            ValueError: the optimizer holds no tensor of the shape in a saved tensor's place.
+        """
+        return self.value(self.held_state.get(param), value, "state")
+
+    def value(self, held: Any, value: Any, place: str) -> Any:
+        """The new value for `place`, where the optimizer holds `held`."""
+        if isinstance(value, torch.Tensor):
+            return self.held_tensor(held, value, place)
+        if isinstance(value, dict):
+            items = held if isinstance(held, dict) else {}
+            return {self.keep(k): self.value(items.get(k), v, f"{place}[{k!r}]") for k, v in value.items()}
+        if isinstance(value, Set):
+            return self.unordered(value, place)
+        if isinstance(value, Iterable) and not is_leaf(value):
+            return rebuilt(value, self.items(held, value, place))
+        return self.keep(value)
+
+    def items(self, held: Any, value: Iterable[Any], place: str) -> Iterator[Any]:
+        """The new items of a container other than a dict or set."""
+        has_places = isinstance(held, Iterable) and not (isinstance(held, torch.Tensor | dict | Set) or is_leaf(held))
+        held_items = chain(held if has_places else (), repeat(None))
+        for index, (held_item, item) in enumerate(zip(held_items, value, strict=False)):
+            yield self.value(held_item, item, f"{place}[{index}]")
+
+    def unordered(self, value: Set[Any], place: str) -> Any:
+        """A set, in which a tensor has no place of its own."""
+        if any(isinstance(item, torch.Tensor) for item in value):
+            raise ValueError(f"inplace: {place} is a set of tensors: nothing says which of them goes where")
+        return self.keep(value)
+
+    def held_tensor(self, held: Any, saved: torch.Tensor, place: str) -> torch.Tensor:
+        """The held tensor, noted to be filled."""
+        was_saved = f"where {describe_tensor(saved)} was saved"
+        if not isinstance(held, torch.Tensor):
+            raise ValueError(f"inplace: the optimizer holds no tensor at {place}, {was_saved}")
+        if held.shape != saved.shape:
+            raise ValueError(f"inplace: the optimizer holds {describe_tensor(held)} at {place}, {was_saved}")
+        if saved.is_meta and not held.is_meta:
+            raise ValueError(f"inplace: {describe_tensor(saved)}, saved at {place}, has no values")
+        self.held.append(held)
+        self.saved.append(saved)
+        return held
+
+    def commit(self) -> None:
+        """Copy the saved values into the held tensors.
+
+        Raises:
+            ValueError: two of the held tensors overlap. Nothing was written then.
+        """
+        with torch.no_grad():
+            current().copy_(self.held, self.saved, False)
+        for held, saved in zip(self.held, self.saved, strict=True):
+            self.count_tensor(saved, held, copied=False)
+        self.report.filled = len(self.held)

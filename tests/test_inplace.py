@@ -1,0 +1,185 @@
+"""Loading into the tensors that the optimizer already holds."""
+
+import copy
+from collections import deque
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import Optimizer
+
+import fastopt
+
+from .oracle import Bare, adam, assert_nothing_shared, fingerprint, leaves, parameter, torch_load, trained
+
+SHAPES = ((3, 4), (), (0,), (5,))
+OPTIMIZERS = {
+    "Adam": lambda params: torch.optim.Adam(params, amsgrad=True),
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "Adagrad": torch.optim.Adagrad,
+    "ASGD": torch.optim.ASGD,
+    "LBFGS": lambda params: torch.optim.LBFGS(params, lr=0.1),
+}
+# ASGD keeps numbers in float32 whatever its parameters are, and an ordinary load narrows them; LBFGS in bfloat16 takes
+# another path, and has a history of another length.
+NOT_NARROWED = {"ASGD", "LBFGS"}
+
+
+def tensors(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [leaf for leaf in leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor)]
+
+
+def addresses(optimizer: Optimizer) -> list[tuple[int, int]]:
+    return [(id(tensor), tensor.data_ptr()) for tensor in tensors(optimizer)]
+
+
+def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[Optimizer, Optimizer, dict[str, Any]]:
+    """Two trained twins, and another state for them."""
+    torch.manual_seed(0)
+    make = OPTIMIZERS[name]
+    source = trained(make([parameter(*shape) for shape in SHAPES]))
+    first, second = (trained(make([parameter(*shape, dtype=dtype) for shape in SHAPES])) for _ in range(2))
+    return first, second, copy.deepcopy(source.state_dict())
+
+
+def with_state(state: Any, *shape: int) -> Bare:
+    param = parameter(*shape)
+    optimizer = Bare([param])
+    optimizer.state[param] = state
+    return optimizer
+
+
+def saved(state: Any) -> dict[str, Any]:
+    return {"state": {0: state}, "param_groups": [{"params": [0]}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in OPTIMIZERS]
+    + [(name, torch.bfloat16) for name in sorted(OPTIMIZERS.keys() - NOT_NARROWED)],
+)
+def test_same_tensors_with_the_values_of_an_ordinary_load(backend, name, dtype):
+    ours, torchs, state_dict = pair(name, dtype)
+    before = addresses(ours)
+    report = fastopt.load_state_dict(ours, state_dict, inplace=True)
+    torch_load(torchs, state_dict, copy=True)
+    assert addresses(ours) == before
+    assert report.filled == len(before) > 0
+    for actual, expected in zip(tensors(ours), tensors(torchs), strict=True):
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
+    assert_nothing_shared(ours, state_dict)
+    assert f"filled {report.filled} in place" in str(report)
+
+
+def test_held_tensors_keep_their_dtype(backend):
+    """float32 moments under a bfloat16 parameter are what an ordinary load would narrow."""
+    param = parameter(3, dtype=torch.bfloat16)
+    optimizer = Bare([param])
+    moment = torch.zeros(3)
+    optimizer.state[param] = {"exp_avg": moment}
+    fastopt.load_state_dict(optimizer, saved({"exp_avg": torch.full((3,), 1 / 3)}), inplace=True)
+    assert optimizer.state[param]["exp_avg"] is moment
+    assert torch.equal(moment, torch.full((3,), 1 / 3))
+
+
+def test_strided_and_differentiable_tensors(backend):
+    held = torch.zeros(4, 6)[:, ::2]
+    leaf = torch.zeros(3, requires_grad=True)
+    optimizer = with_state({"a": held, "b": leaf})
+    values = saved({"a": torch.arange(12.0).reshape(4, 3), "b": torch.ones(3)})
+    fastopt.load_state_dict(optimizer, values, inplace=True)
+    assert torch.equal(held, values["state"][0]["a"])
+    assert torch.equal(leaf.detach(), torch.ones(3))
+
+
+def test_nested_containers_are_rebuilt_around_the_held_tensors(backend):
+    held = [torch.zeros(2) for _ in range(4)]
+    state = {"list": [held[0], (held[1], 7)], "deque": deque([held[2]], maxlen=3), "dict": {"x": held[3]}, "n": 1}
+    optimizer = with_state(state)
+    fresh = [torch.full((2,), float(i)) for i in range(4)]
+    fastopt.load_state_dict(
+        optimizer,
+        saved({"list": [fresh[0], (fresh[1], 8)], "deque": deque([fresh[2]]), "dict": {"x": fresh[3]}, "n": {1, 2}}),
+        inplace=True,
+    )
+    [loaded] = optimizer.state.values()
+    found = [loaded["list"][0], loaded["list"][1][0], loaded["deque"][0], loaded["dict"]["x"]]
+    assert all(one is other for one, other in zip(found, held, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(found, fresh, strict=True))
+    assert loaded["list"][1][1] == 8
+    assert loaded["n"] == {1, 2}
+
+
+def test_the_optimizers_own_live_state_dict(backend):
+    optimizer = trained(adam((3,), (4, 2)))
+    before, values = addresses(optimizer), [tensor.clone() for tensor in tensors(optimizer)]
+    fastopt.load_state_dict(optimizer, optimizer.state_dict(), inplace=True)
+    assert addresses(optimizer) == before
+    assert all(torch.equal(one, other) for one, other in zip(tensors(optimizer), values, strict=True))
+
+
+def test_state_of_no_parameter_is_kept_as_in_any_load(backend):
+    optimizer = with_state({"a": torch.zeros(2)})
+    unclaimed = torch.ones(2)
+    state_dict = saved({"a": torch.ones(2)})
+    state_dict["state"]["other"] = {"b": unclaimed}
+    report = fastopt.load_state_dict(optimizer, state_dict, inplace=True)
+    assert report.unexpected == ["other"]
+    assert optimizer.state["other"]["b"] is not unclaimed
+    assert torch.equal(optimizer.state["other"]["b"], unclaimed)
+
+
+MISMATCHES = {
+    "no state": (lambda: None, {"a": torch.ones(2)}, r"no tensor at state\['a'\].*float32 \[2\]"),
+    "a key": (lambda: {"b": torch.zeros(2)}, {"a": torch.ones(2)}, r"no tensor at state\['a'\]"),
+    "a number": (lambda: {"a": 1.0}, {"a": torch.ones(2)}, r"no tensor at state\['a'\]"),
+    "an item": (lambda: {"a": [torch.zeros(2)]}, {"a": [torch.ones(2)] * 2}, r"no tensor at state\['a'\]\[1\]"),
+    "a shape": (lambda: {"a": torch.zeros(2, 1)}, {"a": torch.ones(2)}, r"float32 \[2, 1\].*state\['a'\].*\[2\]"),
+    "a set": (lambda: {"a": {1}}, {"a": {torch.ones(2)}}, r"state\['a'\] is a set of tensors"),
+    "no values": (lambda: {"a": torch.zeros(2)}, {"a": torch.ones(2, device="meta")}, "on meta.*has no values"),
+    "a whole state": (lambda: torch.zeros(3), torch.ones(2), r"float32 \[3\] on cpu at state, where float32 \[2\]"),
+}
+
+
+@pytest.mark.parametrize("kind", MISMATCHES)
+def test_a_mismatch_names_the_place_and_changes_nothing(backend, kind):
+    build, value, text = MISMATCHES[kind]
+    fits, params = torch.zeros(3), [parameter(3), parameter(3)]
+    optimizer = Bare(params)
+    optimizer.state[params[0]] = {"a": fits}
+    if (held := build()) is not None:
+        optimizer.state[params[1]] = held
+    state_dict = {"state": {0: {"a": torch.ones(3)}, 1: value}, "param_groups": [{"params": [0, 1], "lr": 7.0}]}
+    before = [fingerprint(optimizer.state), fingerprint(optimizer.param_groups)]
+    with pytest.raises(ValueError, match=text) as caught:
+        fastopt.load_state_dict(optimizer, state_dict, inplace=True)
+    assert "parameter 1" in "".join(caught.value.__notes__)
+    assert [fingerprint(optimizer.state), fingerprint(optimizer.param_groups)] == before
+
+
+def test_overlapping_tensors_are_refused_before_anything_is_written(backend):
+    memory = torch.zeros(6)
+    optimizer = with_state({"a": memory[:4], "b": memory[2:]})
+    with pytest.raises(ValueError, match="overlap"):
+        fastopt.load_state_dict(optimizer, saved({"a": torch.ones(4), "b": torch.ones(4)}), inplace=True)
+    assert not memory.any()
+
+
+def test_a_failing_group_check_changes_nothing(backend):
+    optimizer = trained(adam((3,)))
+    broken = copy.deepcopy(optimizer.state_dict())
+    broken["state"][0]["exp_avg"].fill_(7)
+    broken["param_groups"][0]["params"].append(9)
+    before = fingerprint(optimizer.state)
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        fastopt.load_state_dict(optimizer, broken, inplace=True)
+    assert fingerprint(optimizer.state) == before
+
+
+def test_version_counters_move(backend):
+    """What autograd saved of a held tensor must be known to have changed."""
+    optimizer = trained(adam((3,)))
+    before = [tensor._version for tensor in tensors(optimizer)]
+    fastopt.load_state_dict(optimizer, copy.deepcopy(optimizer.state_dict()), inplace=True)
+    assert all(tensor._version > version for tensor, version in zip(tensors(optimizer), before, strict=True))
