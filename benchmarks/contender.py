@@ -7,6 +7,8 @@ import sys
 import time
 from dataclasses import asdict
 
+import torch
+
 import fastopt
 from benchmarks import memory, questions
 from benchmarks.question import AnyQuestion, Size
@@ -15,6 +17,9 @@ from benchmarks.results import Measurement
 
 def measure(question: AnyQuestion, name: str, size: Size) -> Measurement:
     contender = question.contender(name)
+    size = dict(size)
+    if (threads := size.pop("threads", None)) is not None:
+        torch.set_num_threads(threads)
     contender.prepare(question.build(**size | question.warm_up))()
 
     before_input = memory.current_rss()
@@ -25,13 +30,15 @@ def measure(question: AnyQuestion, name: str, size: Size) -> Measurement:
     memory.forget_peak()
     before = memory.current_rss()
 
-    started = time.perf_counter()
+    cpu_started, started = time.process_time(), time.perf_counter()
     result = call()
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
 
     peak = memory.peak_rss()
     del result  # freed after the clock has stopped
-    return Measurement(seconds, peak, peak - before, work.bytes_read, work.bytes_written, fastopt.backend().name)
+    return Measurement(
+        seconds, cpu_seconds, peak, peak - before, work.bytes_read, work.bytes_written, fastopt.backend().name
+    )
 
 
 def main() -> None:

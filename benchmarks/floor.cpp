@@ -30,10 +30,8 @@ Register load(const char* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 
-template <bool kStreaming>
-void put(char* to, Register bits) {
-  auto* at = reinterpret_cast<__m256i*>(to);
-  kStreaming ? _mm256_stream_si256(at, bits) : _mm256_storeu_si256(at, bits);
+void stream(char* to, Register bits) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
 }
 
 void fence() {
@@ -56,8 +54,7 @@ Register load(const char* from) {
   return bits;
 }
 
-template <bool kStreaming>
-void put(char* to, Register bits) {
+void stream(char* to, Register bits) {
   std::memcpy(to, &bits, sizeof(bits));
 }
 
@@ -66,7 +63,7 @@ void fence() {}
 #endif
 
 // Reads `kSrc` registers and writes `kDst`, over and over: a ratio of element sizes.
-template <int kSrc, int kDst, bool kStreaming>
+template <int kSrc, int kDst>
 void move_ratio(const char* src, char* dst, int64_t dst_bytes) {
   constexpr int64_t kStep = 32 * kDst;
   int64_t done = 0;
@@ -79,22 +76,19 @@ void move_ratio(const char* src, char* dst, int64_t dst_bytes) {
       bits[i % kDst] = bits[i % kDst] ^ bits[i];
     }
     for (int i = 0; i < kDst; ++i) {
-      put<kStreaming>(dst + done + 32 * i, bits[i % kSrc]);
+      stream(dst + done + 32 * i, bits[i % kSrc]);
     }
   }
-  if (kStreaming) {
-    fence();
-  }
+  fence();
   std::memset(dst + done, 0, static_cast<size_t>(dst_bytes - done));
 }
 
 using MoveFn = void (*)(const char*, char*, int64_t);
 
-template <bool kStreaming>
 MoveFn mover(int64_t src_size, int64_t dst_size) {
-  if (src_size == dst_size) return move_ratio<2, 2, kStreaming>;
-  if (src_size == 2 * dst_size) return move_ratio<4, 2, kStreaming>;
-  if (2 * src_size == dst_size) return move_ratio<1, 2, kStreaming>;
+  if (src_size == dst_size) return move_ratio<2, 2>;
+  if (src_size == 2 * dst_size) return move_ratio<4, 2>;
+  if (2 * src_size == dst_size) return move_ratio<1, 2>;
   return nullptr;
 }
 
@@ -102,11 +96,11 @@ constexpr int64_t kChunk = 256 << 10;  // elements
 
 }  // namespace
 
-// Moves `moves` tensors of `counts` elements. Streaming needs destinations aligned to 32 bytes. False where there is no
-// loop for the sizes.
+// Moves `moves` tensors of `counts` elements, to destinations aligned to 32 bytes. False where there is no loop for
+// the sizes.
 extern "C" bool floor_move(const uint64_t* srcs, const uint64_t* dsts, const int64_t* counts, int64_t moves,
-                           int64_t src_size, int64_t dst_size, bool streaming, int64_t threads) {
-  const MoveFn move = streaming ? mover<true>(src_size, dst_size) : mover<false>(src_size, dst_size);
+                           int64_t src_size, int64_t dst_size, int64_t threads) {
+  const MoveFn move = mover(src_size, dst_size);
   if (move == nullptr) {
     return false;
   }

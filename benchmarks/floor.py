@@ -27,7 +27,7 @@ def library() -> ctypes.CDLL:
         unfinished.replace(target)
     loaded = ctypes.CDLL(str(target))
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    loaded.floor_move.argtypes = [pointer, pointer, pointer, size, size, size, ctypes.c_bool, size]
+    loaded.floor_move.argtypes = [pointer, pointer, pointer, size, size, size, size]
     loaded.floor_move.restype = ctypes.c_bool
     loaded.floor_map.argtypes = [ctypes.c_uint64]
     loaded.floor_map.restype = ctypes.c_uint64
@@ -54,9 +54,7 @@ class Mapping:
         library().floor_unmap(self.start, self.bytes)
 
 
-def move(
-    sources: Sequence[torch.Tensor], addresses: torch.Tensor, counts: torch.Tensor, itemsize: int, streaming: bool
-) -> None:
+def move(sources: Sequence[torch.Tensor], addresses: torch.Tensor, counts: torch.Tensor, itemsize: int) -> None:
     pointers = torch.tensor([source.data_ptr() for source in sources])
     moved = library().floor_move(
         pointers.data_ptr(),
@@ -65,14 +63,13 @@ def move(
         len(sources),
         sources[0].itemsize,
         itemsize,
-        streaming,
         torch.get_num_threads(),
     )
     if not moved:
         raise ValueError(f"no loop from {sources[0].itemsize} to {itemsize} bytes")
 
 
-def into_fresh_memory(sources: Sequence[torch.Tensor], dtype: torch.dtype, streaming: bool) -> Callable[[], Mapping]:
+def into_fresh_memory(sources: Sequence[torch.Tensor], dtype: torch.dtype) -> Callable[[], Mapping]:
     """A call that maps memory for the results and fills it."""
     sizes = [source.numel() * dtype.itemsize for source in sources]
     counts = torch.tensor([source.numel() for source in sources])
@@ -80,19 +77,19 @@ def into_fresh_memory(sources: Sequence[torch.Tensor], dtype: torch.dtype, strea
 
     def call() -> Mapping:
         mapping = Mapping(sizes)
-        move(sources, torch.tensor(mapping.addresses), counts, dtype.itemsize, streaming)
+        move(sources, torch.tensor(mapping.addresses), counts, dtype.itemsize)
         return mapping
 
     return call
 
 
-def into_warm_memory(sources: Sequence[torch.Tensor], dtype: torch.dtype, streaming: bool) -> Callable[[], None]:
+def into_warm_memory(sources: Sequence[torch.Tensor], dtype: torch.dtype) -> Callable[[], None]:
     """A call that fills memory that has been written to before."""
-    mapping = into_fresh_memory(sources, dtype, streaming)()
+    mapping = into_fresh_memory(sources, dtype)()
     addresses, counts = torch.tensor(mapping.addresses), torch.tensor([source.numel() for source in sources])
 
     def call() -> None:
         assert mapping.start
-        move(sources, addresses, counts, dtype.itemsize, streaming)
+        move(sources, addresses, counts, dtype.itemsize)
 
     return call

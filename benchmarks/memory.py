@@ -1,6 +1,7 @@
 """How much memory a process holds, and getting it from the host before it is measured."""
 
 import mmap
+import os
 import re
 import resource
 import sys
@@ -17,12 +18,18 @@ def touch(size: int) -> None:
     """Write to so many bytes of memory with all of torch's threads, which that starts, and give them back.
 
     Memory that a virtual machine has never used is slower at its first touch by up to ten times; whoever comes first
-    would pay for all. Not by malloc, whose thresholds learn from every large block that is freed.
+    would pay for all. Not by malloc, whose thresholds learn from every large block that is freed. No more than is free.
     """
-    with mmap.mmap(-1, max(size, ENOUGH_FOR_ALL_THREADS), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
+    size = min(max(size, ENOUGH_FOR_ALL_THREADS), available() * 3 // 4)
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             block.madvise(mmap.MADV_HUGEPAGE)  # such pages are what large results will ask for
         torch.frombuffer(block, dtype=torch.uint8).fill_(1)
+
+
+def available() -> int:
+    """Bytes of memory that nobody uses."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def current_rss() -> int:

@@ -33,6 +33,27 @@ def time_over(size: str, *contenders: str) -> Plot:
     return plot
 
 
+def bandwidth_over(size: str) -> Plot:
+    """GB/s over one of the case's sizes; the band goes from the slowest to the fastest round."""
+
+    def plot(results: Results, path: Path) -> None:
+        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        for contender in dict.fromkeys(row.contender for row in results.rows):
+            rows = [row for row in results.rows if row.contender == contender]
+            xs = [row.size[size] for row in rows]
+            axes.plot(xs, [row.bandwidth(row.median) for row in rows], marker="o", label=contender)
+            slowest, fastest = ([row.bandwidth(pick(row.seconds)) for row in rows] for pick in (max, min))
+            axes.fill_between(xs, slowest, fastest, alpha=0.2)
+        axes.set_xscale("log", base=2)
+        axes.set(ylim=(0, None), xlabel=size, ylabel="GB/s, read and written")
+        axes.set_title(results.title, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        save(figure, path)
+
+    return plot
+
+
 def bandwidth(results: Results, path: Path) -> None:
     """GB/s of every contender, one panel a case; the whiskers go from the slowest to the fastest round."""
     cases = list(dict.fromkeys(row.case for row in results.rows))

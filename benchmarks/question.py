@@ -8,7 +8,8 @@ from typing import Any, Generic, TypeVar
 from benchmarks.results import Results
 
 Size = dict[str, Any]
-"""The arguments of `Question.build`; JSON carries them to the contender's process."""
+"""The arguments of `Question.build`, and of `torch.set_num_threads` under "threads" where a case is about them; JSON
+carries them to the contender's process."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,19 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from benchmarks.results import Results, Row
 
-COLUMNS = ("case", "contender", "rounds", "median", "min", "max", "speed", "GB/s", "peak RSS", "added by the call")
+COLUMNS = (
+    "case",
+    "contender",
+    "rounds",
+    "median",
+    "min",
+    "max",
+    "CPU",
+    "speed",
+    "GB/s",
+    "peak RSS",
+    "added RSS",
+)
 
 
 def markdown(results: Results) -> str:
@@ -12,7 +24,7 @@ def markdown(results: Results) -> str:
     lines += table(COLUMNS, (cells(results, row) for row in results.rows))
     lines += ["", f"Speed is over {results.baseline}. GB/s counts bytes of tensors read and written.", ""]
     if results.goals:
-        ratios = ((goal.goal, goal.target, ratio(goal.measured)) for goal in results.goals)
+        ratios = ((goal.goal, goal.target, number(goal.measured)) for goal in results.goals)
         lines += [*table(("goal", "target", "measured"), ratios), ""]
     if results.failures:
         lines += ["Failed:", "", *(f"- {failure}" for failure in results.failures), ""]
@@ -27,6 +39,7 @@ def cells(results: Results, row: Row) -> tuple[str, ...]:
         duration(row.median),
         duration(min(row.seconds)),
         duration(max(row.seconds)),
+        duration(row.cpu_seconds),
         ratio(results.speedup(row.case, row.contender, results.baseline)),
         f"{row.bandwidth(row.median):.3g}" if row.bytes_moved else "-",
         f"{row.peak_rss / 1e6:,.0f} MB",
@@ -44,6 +57,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]
 
 def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def ratio(value: float | None) -> str:

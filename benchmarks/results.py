@@ -15,6 +15,8 @@ class Measurement:
     """One call in one process."""
 
     seconds: float
+    cpu_seconds: float
+    """Of all threads, in user and system mode."""
     peak_rss: int
     """The most bytes the process held during the call, its input included."""
     added_rss: int
@@ -43,6 +45,10 @@ class Row:
         return statistics.median(self.seconds)
 
     @property
+    def cpu_seconds(self) -> float:
+        return statistics.median(measurement.cpu_seconds for measurement in self.measurements)
+
+    @property
     def peak_rss(self) -> float:
         return statistics.median(measurement.peak_rss for measurement in self.measurements)
 
@@ -67,6 +73,7 @@ class Row:
             "median_seconds": self.median,
             "min_seconds": min(self.seconds),
             "max_seconds": max(self.seconds),
+            "cpu_seconds": self.cpu_seconds,
             "gigabytes_per_second": self.bandwidth(self.median),
             "peak_rss": self.peak_rss,
             "added_rss": self.added_rss,

@@ -1,5 +1,6 @@
 """What loads cost in memory: nothing stays behind, nothing is copied twice."""
 
+import ctypes
 import gc
 import json
 import os
@@ -18,12 +19,23 @@ ROOT = Path(__file__).parent.parent
 MIB = 1 << 20
 ROUNDS = 100
 SLACK = 64 * MIB
+CLEAR_REFS = Path("/proc/self/clear_refs")
+PR_SET_THP_DISABLE = 41  # <sys/prctl.h>
 
 
 def resident(field: str = "VmRSS") -> int:
     """Bytes by /proc: VmRSS for now, VmHWM for the most since the start."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return int(line.split()[1]) * 1024
+
+
+def in_a_process(call: str, backend: str) -> Any:
+    """The result of a call of one of this module's functions, in a process of its own."""
+    code = f"import json; from tests.test_memory import *; print(json.dumps({call}))"
+    variables = {**os.environ, "FASTOPT_BACKEND": backend, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 # ---- nothing stays behind ----
@@ -182,11 +194,45 @@ def measure_peak(saved_dtype: str, param_dtype: str, copied: bool) -> dict[str, 
     ],
 )
 def test_a_load_takes_no_more_than_its_results(backend: str, saved_dtype: str, param_dtype: str, copied: bool) -> None:
-    code = "import json; from tests.test_memory import measure_peak; "
-    code += f"print(json.dumps(measure_peak({saved_dtype!r}, {param_dtype!r}, {copied})))"
-    variables = {**os.environ, "FASTOPT_BACKEND": backend, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
+    measured = in_a_process(f"measure_peak({saved_dtype!r}, {param_dtype!r}, {copied})", backend)
     assert (measured["written"] == 0) == (not copied)
     assert measured["extra"] <= measured["written"] + SLACK
+
+
+def measure_in_place() -> dict[str, int]:
+    sizes = [8 * MIB] * 5 + [500] * 5000
+    optimizer = optimizer_over(sizes, torch.bfloat16)
+    saved = {index: {"exp_avg": torch.ones(size)} for index, size in enumerate(sizes)}
+    fastopt.load_state_dict(optimizer, state_dict_of(optimizer, saved))
+    fastopt.load_state_dict(optimizer, state_dict_of(optimizer, saved), inplace=True)
+    gc.collect()
+    CLEAR_REFS.write_text("5")  # the most since now
+    before = resident()
+    report = fastopt.load_state_dict(optimizer, state_dict_of(optimizer, saved), inplace=True)
+    return {"extra": resident("VmHWM") - before, "written": report.bytes_written}
+
+
+def test_a_load_in_place_takes_nothing(backend: str) -> None:
+    measured = in_a_process("measure_in_place()", backend)
+    assert measured["written"] > 80 * MIB
+    assert measured["extra"] < 8 * MIB  # lists of 5,000 entries
+
+
+# ---- without huge pages ----
+
+
+def load_without_huge_pages() -> dict[str, int]:
+    """Loads large tensors in a process that the system gives no huge pages."""
+    assert ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
+    sizes = [8 * MIB, 9 * MIB + 3]
+    optimizer = optimizer_over(sizes, torch.bfloat16)
+    state = {index: {"exp_avg": torch.arange(float(size))} for index, size in enumerate(sizes)}
+    fastopt.load_state_dict(optimizer, state_dict_of(optimizer, state))
+    loaded = [entry["exp_avg"] for entry in optimizer.state.values()]
+    [huge] = [line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if "AnonHugePages" in line]
+    right = all(torch.equal(a, b["exp_avg"].bfloat16()) for a, b in zip(loaded, state.values(), strict=True))
+    return {"right": right, "huge": int(huge.split()[1])}
+
+
+def test_without_huge_pages_all_works(backend: str) -> None:
+    assert in_a_process("load_without_huge_pages()", backend) == {"right": True, "huge": 0}

@@ -1,6 +1,7 @@
 """Loading a few large tensors, where the work is in the bytes and in the pages they go to."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -8,7 +9,11 @@ import torch
 import fastopt
 from benchmarks import goals, plots
 from benchmarks.optimizers import (
+    COPYING,
     FASTOPT_LOADERS,
+    FLOOR_FRESH,
+    FLOOR_WARM,
+    FOREACH_FRESH,
     LINEAR_LOADER,
     NATIVE_BACKEND,
     SHARING,
@@ -18,28 +23,30 @@ from benchmarks.optimizers import (
     stock_loader,
 )
 from benchmarks.question import Case, Contender, Question
-from benchmarks.tensors import to_by_foreach_copy
+
+IN_PLACE = "fastopt inplace=True"
 
 
-def fresh_foreach_copy(work: LoadWork) -> Callable[[], object]:
-    return partial(to_by_foreach_copy, work.moments(), param_dtype(work))
+def load_in_place(work: LoadWork) -> Callable[[], object]:
+    """Into a state that an earlier load has made."""
+    fastopt.load_state_dict(work.optimizer, work.state_dict)
+    return partial(fastopt.load_state_dict, work.optimizer, work.state_dict, inplace=True)
 
 
-def into_warm_memory(
+def into_preallocated(
     copy: Callable[[list[torch.Tensor], list[torch.Tensor]], None],
 ) -> Callable[[LoadWork], Callable[[], object]]:
     """A copy into tensors that were there before and have been written to."""
 
     def prepare(work: LoadWork) -> Callable[[], object]:
         sources = work.moments()
-        return partial(copy, [torch.ones_like(source, dtype=param_dtype(work)) for source in sources], sources)
+        return partial(copy, [torch.ones_like(source, dtype=work.param_dtype) for source in sources], sources)
 
     return prepare
 
 
-def param_dtype(work: LoadWork) -> torch.dtype:
-    dtype: torch.dtype = work.optimizer.param_groups[0]["params"][0].dtype
-    return dtype
+def deep_copy(work: LoadWork) -> Callable[[], object]:
+    return partial(deepcopy, work.state_dict)
 
 
 def case(parameters: int, elements: int) -> Case:
@@ -56,14 +63,22 @@ QUESTION = Question(
     warm_up={"parameters": 2, "elements": 2**16},
     build=load_work,
     contenders=(
-        stock_loader(lambda size, rounds: rounds),
+        stock_loader(),
         LINEAR_LOADER,
-        Contender("_foreach_copy_, fresh", fresh_foreach_copy),
+        FOREACH_FRESH,
         *FASTOPT_LOADERS,
-        Contender("_foreach_copy_, preallocated", into_warm_memory(torch._foreach_copy_)),
-        Contender("fastopt.copy_, preallocated", into_warm_memory(fastopt.copy_), NATIVE_BACKEND),
+        FLOOR_FRESH,
+        Contender("_foreach_copy_, preallocated", into_preallocated(torch._foreach_copy_)),
+        Contender("fastopt.copy_, preallocated", into_preallocated(fastopt.copy_), NATIVE_BACKEND),
+        Contender(IN_PLACE, load_in_place, NATIVE_BACKEND),
+        FLOOR_WARM,
     ),
     baseline=STOCK,
-    goals=[goals.faster(FULL, SHARING, STOCK, 2)],
+    goals=[
+        goals.faster(FULL, SHARING, STOCK, 2),
+        goals.near(FULL, SHARING, FLOOR_FRESH.name, 0.9),
+        goals.near(FULL, COPYING, FLOOR_FRESH.name, 0.9),
+        goals.near(FULL, IN_PLACE, FLOOR_WARM.name, 0.9),
+    ],
     plot=plots.bandwidth,
 )
