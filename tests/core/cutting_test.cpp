@@ -46,8 +46,23 @@ constexpr std::array<CastFn, kDTypes> marks_from() {
   return {mark<SrcSize, 4>, mark<SrcSize, 2>, mark<SrcSize, 2>, mark<SrcSize, 8>, mark<SrcSize, 1>};
 }
 
-constexpr Kernels kMarking{"marking",
-                           {marks_from<4>(), marks_from<2>(), marks_from<2>(), marks_from<8>(), marks_from<1>()}};
+constexpr Kernels::Table kMarks{marks_from<4>(), marks_from<2>(), marks_from<2>(), marks_from<8>(), marks_from<1>()};
+
+constexpr Kernels kMarking{"marking", {kMarks, kMarks}};
+
+// Kernels that count the bytes that go through the cache and past it.
+std::atomic<int64_t> cached_bytes;
+std::atomic<int64_t> streamed_bytes;
+
+constexpr Kernels::Table counting_bytes(CastFn count) {
+  Kernels::Table table{};
+  table.back().back() = count;
+  return table;
+}
+
+constexpr Kernels kCountingBytes{"counting",
+                                 {counting_bytes([](const void*, void*, int64_t count) { cached_bytes += count; }),
+                                  counting_bytes([](const void*, void*, int64_t count) { streamed_bytes += count; })}};
 
 class MarkedBatch {
  public:
@@ -192,15 +207,38 @@ void test_a_large_tensor_is_shared_among_threads() {
   static std::atomic<int64_t> largest_piece;
   largest_piece = 0;
   Kernels watching = kMarking;
-  watching.table[static_cast<size_t>(DType::Float32)][static_cast<size_t>(DType::BFloat16)] =
-      [](const void* src, void* dst, int64_t count) {
-        largest_piece = std::max(largest_piece.load(), count);
-        mark<4, 2>(src, dst, count);
-      };
+  for (Kernels::Table& table : watching.tables) {
+    table[static_cast<size_t>(DType::Float32)][static_cast<size_t>(DType::BFloat16)] = [](const void* src, void* dst,
+                                                                                          int64_t count) {
+      largest_piece = std::max(largest_piece.load(), count);
+      mark<4, 2>(src, dst, count);
+    };
+  }
   const auto in_order = schedules_on_one_thread().front().parallel;
   fastopt::run(batch.jobs(), watching, 4, in_order);
   batch.check_every_element_visited_once();
   check(largest_piece <= 3'000'000 / 4 + 64, "one thread was left ", largest_piece.load(), " of 3,000,000 elements");
+}
+
+void test_what_would_not_stay_in_the_cache_streams_past_it() {
+  const auto in_order = schedules_on_one_thread().front().parallel;
+  constexpr int64_t kLarge = 20 << 20;
+  const Buffer memory(kLarge);
+  const auto run = [&](const std::vector<int64_t>& counts) {
+    std::vector<Job> jobs;
+    for (const int64_t count : counts) {
+      jobs.push_back({memory.data(), memory.data(), count, DType::Byte, DType::Byte});
+    }
+    cached_bytes = streamed_bytes = 0;
+    fastopt::run(jobs, kCountingBytes, 3, in_order);
+  };
+  run({kLarge, 100, 5000});
+  check(streamed_bytes == kLarge + 5000, "streamed ", streamed_bytes.load());
+  check(cached_bytes == 100, "cached ", cached_bytes.load());
+  run({1 << 20, 100, 5000});
+  check(streamed_bytes == 0, "a small batch streamed ", streamed_bytes.load());
+  run(std::vector<int64_t>(kLarge / 1000, 1000));
+  check(streamed_bytes == 0, "small jobs streamed ", streamed_bytes.load());
 }
 
 }  // namespace
@@ -211,6 +249,7 @@ std::span<const Test> cutting_tests() {
       TEST(test_threads_visit_every_element_once),
       TEST(test_no_more_tasks_than_threads),
       TEST(test_a_large_tensor_is_shared_among_threads),
+      TEST(test_what_would_not_stay_in_the_cache_streams_past_it),
   };
   return kTests;
 }

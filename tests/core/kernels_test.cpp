@@ -24,6 +24,7 @@ using fastopt::DType;
 using fastopt::kDTypes;
 using fastopt::Kernels;
 using fastopt::size_of;
+using fastopt::Store;
 
 constexpr std::array<const char*, kDTypes> kNames{"float32", "bfloat16", "float16", "float64", "byte"};
 
@@ -121,14 +122,14 @@ std::vector<uint64_t> hard_bits(DType dtype) {
 }
 
 // Casts `bits` by one call of the kernel between exact buffers that start at the given offsets.
-void check_cast(const Kernels& kernels, DType src, DType dst, const uint64_t* bits, int64_t count, int64_t src_offset,
-                int64_t dst_offset) {
+void check_cast(const Kernels& kernels, DType src, DType dst, Store store, const uint64_t* bits, int64_t count,
+                int64_t src_offset, int64_t dst_offset) {
   const Buffer from(count * size_of(src), src_offset);
   const Buffer to(count * size_of(dst), dst_offset);
   for (int64_t i = 0; i < count; ++i) {
     store_bits(from.data() + i * size_of(src), size_of(src), bits[i]);
   }
-  kernels.find(src, dst)(from.data(), to.data(), count);
+  kernels.find(src, dst, store)(from.data(), to.data(), count);
   for (int64_t i = 0; i < count; ++i) {
     const char* result = to.data() + i * size_of(dst);
     if (src == DType::Byte) {
@@ -149,8 +150,10 @@ void for_each_kernel(Visit visit) {
     fastopt::use_cpu_target(target);
     for (const DType src : kAllDTypes) {
       for (const DType dst : kAllDTypes) {
-        if (fastopt::kernels().find(src, dst) != nullptr) {
-          visit(fastopt::kernels(), src, dst);
+        for (const Store store : {Store::Cached, Store::Streaming}) {
+          if (fastopt::kernels().find(src, dst, store) != nullptr) {
+            visit(fastopt::kernels(), src, dst, store);
+          }
         }
       }
     }
@@ -158,27 +161,29 @@ void for_each_kernel(Visit visit) {
 }
 
 void test_kernels_round_hard_values() {
-  for_each_kernel([](const Kernels& kernels, DType src, DType dst) {
+  for_each_kernel([](const Kernels& kernels, DType src, DType dst, Store store) {
     const std::vector<uint64_t> bits = hard_bits(src);
-    check_cast(kernels, src, dst, bits.data(), static_cast<int64_t>(bits.size()), 0, 0);
+    check_cast(kernels, src, dst, store, bits.data(), static_cast<int64_t>(bits.size()), 0, 0);
   });
 }
 
 void test_kernels_stay_within_any_size_at_any_alignment() {
   std::mt19937 random(3);
-  for_each_kernel([&](const Kernels& kernels, DType src, DType dst) {
+  for_each_kernel([&](const Kernels& kernels, DType src, DType dst, Store store) {
     const std::vector<uint64_t> bits = hard_bits(src);
-    for (int64_t count = 0; count <= 70; ++count) {
+    for (int64_t count = 0; count <= 100; ++count) {
       for (int64_t shift = 0; shift < 16; ++shift) {
-        const size_t start = random() % (bits.size() - 70);
-        check_cast(kernels, src, dst, bits.data() + start, count, shift, shift * 5 % 16);
+        const size_t start = random() % (bits.size() - 100);
+        check_cast(kernels, src, dst, store, bits.data() + start, count, shift, shift * 5 % 64);
       }
     }
   });
 }
 
 void test_an_empty_tensor_may_have_no_memory() {
-  for_each_kernel([](const Kernels& kernels, DType src, DType dst) { kernels.find(src, dst)(nullptr, nullptr, 0); });
+  for_each_kernel([](const Kernels& kernels, DType src, DType dst, Store store) {
+    kernels.find(src, dst, store)(nullptr, nullptr, 0);
+  });
 }
 
 void test_kernels_exist_where_the_table_says() {
@@ -188,8 +193,10 @@ void test_kernels_exist_where_the_table_says() {
       for (const DType dst : kAllDTypes) {
         const bool moved = src == DType::Byte && dst == DType::Byte;
         const bool cast = src != dst && src != DType::Byte && dst != DType::Byte;
-        check((fastopt::kernels().find(src, dst) != nullptr) == (moved || cast), target, ": ", name_of(src), " to ",
-              name_of(dst));
+        for (const Store store : {Store::Cached, Store::Streaming}) {
+          check((fastopt::kernels().find(src, dst, store) != nullptr) == (moved || cast), target, ": ", name_of(src),
+                " to ", name_of(dst));
+        }
       }
     }
   }
