@@ -3,6 +3,8 @@
 # Each sets up what it needs (make setup): .venv, torch, the other dependencies, the extension.
 #
 # TORCH=2.13.0   another version of torch       PYTHON=python3   the Python that .venv is made from
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu   where torch comes from, in place of pip's own index
+# V=1            what the compiler says; otherwise it goes to build/log, and is shown where the build fails
 
 TORCH  ?= 2.13.0
 PYTHON ?= python3
@@ -13,6 +15,7 @@ INSTALLED := $(VENV)/.installed-torch-$(TORCH)
 EXTENSION := fastopt/.extension-built
 CSRC      := $(shell find csrc tests/core -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 JOBS      := $(shell nproc)
+COMPILE   := MAX_JOBS=$(JOBS) $(BIN)/python setup.py --quiet build_ext --inplace
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -20,17 +23,22 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 setup: $(EXTENSION)
 
-# torch first and pinned: a bare `torch`, or a range that a dependency brings, pulls several GB of CUDA packages.
+# torch first and pinned: a bare `torch`, or a range that a dependency brings, may pull several GB of CUDA packages.
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja
 	FASTOPT_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,lint,bench]"
 	rm -f $(VENV)/.installed-torch-*
 	touch $@
 
 $(EXTENSION): $(INSTALLED) $(CSRC) setup.py
-	MAX_JOBS=$(JOBS) $(BIN)/python setup.py --quiet build_ext --inplace
+ifdef V
+	$(COMPILE)
+else
+	@echo "building the extension: minutes at first; V=1 shows how"
+	@mkdir -p build && ($(COMPILE) >build/log 2>&1 || (cat build/log; exit 1))
+endif
 	touch $@
 
 demo: setup

@@ -64,7 +64,7 @@ def extension(choice: str) -> Extension:
 
 
 def build_options() -> dict:
-    choice = os.environ.get("FASTOPT_BUILD", "auto")
+    choice = os.environ.get("FASTOPT_BUILD") or "auto"
     if choice not in CHOICES:
         raise SystemExit(f"fastopt: FASTOPT_BUILD={choice!r} is none of {', '.join(CHOICES)}")
     if choice == "none":

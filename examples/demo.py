@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 import training
 from checks import WrongResultError, require_same_losses
-from loading import FASTOPT, LOADERS, STOCK, Measured, Size, float32_state, measure, size_for_memory, touch_memory
+from loading import FASTOPT, LOADERS, STOCK, Measured, Size, float32_state, measure, size_for_memory
 from plot import draw, readable
 from rich import box
 from rich.console import Console
@@ -41,10 +41,13 @@ SMALL = [Size(parameters, elements=64) for parameters in (1_000, 3_000, 10_000, 
 LARGE_ELEMENTS = 16 << 20
 LARGE_MEMORY = 4_800_000_000
 ROUNDS = 3
+LARGE_ROUNDS = 5
 STOCK_ONCE_FROM = 10_000  # stock torch takes seconds for these, and up to half a minute at 30,000
 
+WIDTH_OF_A_FILE = 100
+
 T = TypeVar("T")
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
 
 
 def main() -> int:
@@ -158,8 +161,8 @@ def demonstrate_loading() -> None:
     """Load float32 states into optimizers over bfloat16 parameters, with stock torch and with fastopt."""
     console.rule("Large states: float32 loaded for bfloat16 parameters")
     torch.manual_seed(0)
-    small = [measure_size(size) for size in SMALL]
-    large = measure_large()
+    small = [measure_size(size, 1 if size.parameters >= STOCK_ONCE_FROM else ROUNDS, ROUNDS) for size in SMALL]
+    large = measure_size(size_for_memory(LARGE_ELEMENTS, LARGE_MEMORY), LARGE_ROUNDS, LARGE_ROUNDS)
     show_measured([*small, large])
     OUTPUT.mkdir(exist_ok=True)
     figure = OUTPUT / "load.png"
@@ -167,35 +170,29 @@ def demonstrate_loading() -> None:
     console.print(f"Every state loaded by fastopt was equal to stock torch's, value by value.\nplot: {figure}")
 
 
-def measure_large() -> Measured:
-    """Measure the largest state that the memory has room for.
-
-    Touching the memory first does not make all rounds alike: a virtual machine may give freed memory back to its host
-    within seconds, and wait for it again. Hence medians, and every round in sight.
-    """
-    size = size_for_memory(LARGE_ELEMENTS, LARGE_MEMORY)
-    for _ in track("touching the memory once", touch_memory(size), size.parameters):
-        pass
-    return measure_size(size)
-
-
-def measure_size(size: Size) -> Measured:
+def measure_size(size: Size, stock_rounds: int, fastopt_rounds: int) -> Measured:
     """Measure a state of a given size."""
     title = f"{size.parameters:,} parameters of {size.elements:,}"
-    rounds = {STOCK: 1 if size.parameters >= STOCK_ONCE_FROM else ROUNDS, FASTOPT: ROUNDS}
+    rounds = {STOCK: stock_rounds, FASTOPT: fastopt_rounds}
     state = dict(track(f"{title}: making a state", float32_state(size), size.parameters))
     measured = measure(state, size, rounds, waiting=lambda name: spinner(f"{title}: {name} loads"))
-    console.print(f"{title} elements, every round:")
+    console.print(f"{title} elements:")
     for name, seconds in measured.seconds.items():
-        console.print(f"  {name:12} {', '.join(map(readable, seconds))}")
+        console.print(f"  {name:12} {readable(measured.median(name)):>7}, {spread(seconds)}")
     return measured
+
+
+def spread(seconds: Sequence[float]) -> str:
+    """What a median stands for."""
+    if len(seconds) == 1:
+        return "loaded once"
+    return f"the median of {len(seconds)} rounds of {readable(min(seconds))} to {readable(max(seconds))}"
 
 
 def show_measured(states: Sequence[Measured]) -> None:
     """A table of all loads."""
     table = Table(
-        "parameters",
-        "elements",
+        "parameters x elements",
         "read",
         "written",
         *LOADERS,
@@ -210,8 +207,7 @@ def show_measured(states: Sequence[Measured]) -> None:
         column.justify, column.no_wrap = "right", True
     for measured in states:
         table.add_row(
-            f"{measured.size.parameters:,}",
-            f"{measured.size.elements:,}",
+            f"{measured.size.parameters:,} x {measured.size.elements:,}",
             f"{measured.bytes_read / 1e6:,.4g} MB",
             f"{measured.bytes_written / 1e6:,.4g} MB",
             *(readable(measured.median(name)) for name in LOADERS),

@@ -1,6 +1,8 @@
 """Large optimizer states, and what it takes stock torch and fastopt to load them."""
 
+import contextlib
 import gc
+import mmap
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,9 +25,9 @@ STOCK = "stock torch"
 FASTOPT = "fastopt"
 LOADERS: dict[str, Loader] = {STOCK: Optimizer.load_state_dict, FASTOPT: fastopt.load_state_dict}
 
-# What a measurement holds at once for each element of a parameter: two float32 moments, the bfloat16 parameter, and
-# two bfloat16 moments for each of two contenders.
-BYTES_PER_ELEMENT = 2 * 4 + 2 + 2 * 2 * 2
+# What a measurement holds at once for each element of a parameter: two float32 moments, the bfloat16 parameter, two
+# bfloat16 moments that one contender has loaded, and what is touched before the other one loads.
+BYTES_PER_ELEMENT = 2 * 4 + 2 + 2 * 2 + 3 * 2
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def measure(
             if turn < rounds[name]:
                 loaded[name] = AdamW(params)  # frees what the last round loaded
                 with waiting(name):
+                    touch_memory(3 * sum(param.nbytes for param in params))
                     seconds[name].append(seconds_of(LOADERS[name], loaded[name], saved))
     require_same_state(loaded[STOCK], loaded[FASTOPT])
     return Measured(size, bytes_of(state), bytes_of(loaded[STOCK].state), seconds)
@@ -127,12 +130,15 @@ def available_memory() -> int:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def touch_memory(size: Size) -> Iterator[None]:
-    """Write to as much memory as a measurement will hold, in steps, and free it.
+def touch_memory(size: int) -> None:
+    """Write to so many bytes of memory with all threads, and free them.
 
-    A virtual machine gets its memory from its host at the first touch, which is slow; no contender should pay for it.
+    A virtual machine gets its memory from its host at the first touch, which is slow, and may lose within seconds what
+    is freed. So this goes before each load, with half as much again as the load will write, since a load need not get
+    the very pages that were freed last. In huge pages, as fastopt asks for them; small ones are cut from the same
+    memory. Not by malloc, whose thresholds learn from every large block that is freed.
     """
-    held = []
-    for _ in range(size.parameters):
-        held.append(torch.ones(size.elements * BYTES_PER_ELEMENT, dtype=torch.uint8))
-        yield
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            block.madvise(mmap.MADV_HUGEPAGE)
+        torch.frombuffer(block, dtype=torch.uint8).fill_(1)

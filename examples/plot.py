@@ -1,6 +1,7 @@
 """The demo's figure."""
 
 import math
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 import fastopt
 
+CAPTION_WIDTH = 140  # characters, at the caption's size
 COLORS = {STOCK: "#8a8f98", FASTOPT: "#1668c7"}
 STYLE = {
     "font.size": 11,
@@ -34,12 +36,12 @@ def draw(small: list[Measured], large: Measured, path: Path) -> None:
         )
         draw_times(left, small)
         draw_rates(right, large)
-        figure.supxlabel(subtitle(small), fontsize=9, color="#666666", x=0.01, ha="left")
+        figure.supxlabel(textwrap.fill(caption(small), CAPTION_WIDTH), fontsize=9, color="#666666", x=0.01, ha="left")
         figure.savefig(path, dpi=150)
         pyplot.close(figure)
 
 
-def subtitle(small: list[Measured]) -> str:
+def caption(small: list[Measured]) -> str:
     """What was measured, on what."""
     backend = fastopt.backend()
     once = [f"{measured.size.parameters:,}" for measured in small if len(measured.seconds[STOCK]) == 1]
@@ -106,4 +108,4 @@ def whole_decades(values: list[float]) -> tuple[float, float]:
 
 def readable(seconds: float) -> str:
     """A time in the unit that fits it."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"

@@ -4,10 +4,12 @@ What torch raises stays torch's, type and text; fastopt adds a note (PEP 678) th
 shape it was about. Tracebacks show it, and programs find it in `error.__notes__`.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 
 def describe_tensor(tensor: torch.Tensor) -> str:
@@ -16,6 +18,22 @@ def describe_tensor(tensor: torch.Tensor) -> str:
         return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
     except Exception:  # a subclass or a mode that refuses even this must not hide the error being described
         return f"a {type(tensor).__name__}"
+
+
+def note_wrong_arguments(error: Exception, optimizer: Any, state_dict: Any) -> None:
+    """Add to an error of `load_state_dict` what is wrong with its arguments, if anything is."""
+    if not isinstance(optimizer, Optimizer):
+        error.add_note(f"optimizer is {_kind(optimizer)}, not a torch.optim.Optimizer")
+    if not isinstance(state_dict, Mapping):
+        file_first = "; load the file first, e.g. torch.load(path, weights_only=True)"
+        hint = file_first if isinstance(state_dict, str | os.PathLike) else ""
+        error.add_note(f"state_dict is {_kind(state_dict)}, not a dict{hint}")
+
+
+def _kind(value: Any) -> str:
+    name = "None" if value is None else type(value).__name__
+    article = "" if value is None else "an " if name[0] in "AEIOUaeiou" else "a "
+    return article + name
 
 
 def describe_parameter(param: torch.Tensor, saved_id: Any, groups: Iterable[Mapping[str, Any]]) -> str:

@@ -1,10 +1,13 @@
 """What a load did, for people and for programs."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+ENOUGH_FOR_A_RATE = 1_000_000
+"""Bytes moved from which a rate is printed; with fewer, a load's time is not that of its bytes."""
 
 
 @dataclass
@@ -63,9 +66,9 @@ class LoadReport:
 
     def __str__(self) -> str:
         moved = self.bytes_read + self.bytes_written
-        rate = f", {moved / self.seconds / 1e9:.1f} GB/s" if self.seconds else ""
+        rate = f", {_size(moved / self.seconds)}/s" if moved >= ENOUGH_FOR_A_RATE and self.seconds else ""
         lines = [
-            f"loaded {self.tensors:,} tensors in {self.seconds:.3f} s ({self.backend}): "
+            f"loaded {_counted(self.tensors, 'tensor')} in {_time(self.seconds)} ({self.backend}): "
             f"read {_size(self.bytes_read)}, wrote {_size(self.bytes_written)}{rate}"
         ]
         for (source, target), count in self.casts.items():
@@ -78,11 +81,12 @@ class LoadReport:
         if self.filled:
             lines.append(f"  filled {self.filled:,} in place")
         if self.missing:
-            lines.append(f"  no state for {len(self.missing):,} parameters: {_some(self.missing)}")
+            indices = "index" if len(self.missing) == 1 else "indices"
+            lines.append(f"  no state for {_counted(len(self.missing), 'parameter')}: {indices} {_some(self.missing)}")
         if self.unexpected:
             lines.append(f"  state of no parameter, kept: {_some(self.unexpected)}")
         if self.emptied:
-            lines.append(f"  the values of {self.emptied:,} tensors are gone: their parameters are on the meta device")
+            lines.append(f"  values lost to parameters on the meta device: {_counted(self.emptied, 'tensor')}")
         return "\n".join(lines)
 
 
@@ -90,15 +94,27 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
+    return _scaled(count, ("B", "kB", "MB", "GB"))
 
 
-def _some(items: Iterable[Any], most: int = 5) -> str:
-    listed = list(items)
-    shown = ", ".join(repr(item) for item in listed[:most])
-    return shown if len(listed) <= most else f"{shown} and {len(listed) - most:,} more"
+def _time(seconds: float) -> str:
+    return _scaled(1e6 * seconds, ("us", "ms", "s"))
+
+
+def _scaled(value: float, units: Sequence[str]) -> str:
+    """Three digits of a value, in the first unit that has room for it; each unit is a thousand of the one before."""
+    for unit in units:
+        if value < 999.5:  # what rounds to a thousand would be printed as 1e+03
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{1000 * value:,.0f} {units[-1]}"
+
+
+def _some(items: Sequence[Any], most: int = 5) -> str:
+    shown = ", ".join(repr(item) for item in items[:most])
+    return shown if len(items) <= most else f"{shown} and {len(items) - most:,} more"

@@ -21,6 +21,7 @@ from fastopt.backends import current
 from fastopt.backends.interface import Group, State
 from fastopt.casting import Cast
 from fastopt.collector import paused_collector
+from fastopt.errors import note_wrong_arguments
 from fastopt.inplace import CastInPlace
 from fastopt.report import LoadReport
 
@@ -88,13 +89,17 @@ def load_state_dict(
 
     After any error but one of the optimizer's own `__setstate__` or of a post-hook, the optimizer is as it was.
     """
-    if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+    if isinstance(optimizer, Optimizer) and type(optimizer).load_state_dict is not Optimizer.load_state_dict:
         warnings.warn(
             f"{type(optimizer).__qualname__} has a load_state_dict of its own, which fastopt.load_state_dict does not "
             "call; use fastopt.install() and the optimizer's own method to go through it",
             stacklevel=2,
         )
-    return load(optimizer, state_dict, copy=copy, inplace=inplace)
+    try:
+        return load(optimizer, state_dict, copy=copy, inplace=inplace)
+    except Exception as error:
+        note_wrong_arguments(error, optimizer, state_dict)
+        raise
 
 
 def load(optimizer: Optimizer, state_dict: StateDict, *, copy: bool, inplace: bool = False) -> LoadReport:
@@ -148,7 +153,9 @@ def deepcopied(saved_groups: Any) -> Any:
 def check_groups(saved_groups: Sequence[Group], groups: Sequence[Group]) -> None:
     """Raise torch's ValueError where the numbers of groups, or of parameters in a group, differ."""
     if len(groups) != len(saved_groups):
-        raise ValueError("loaded state dict has a different number of parameter groups")
+        mismatch = ValueError("loaded state dict has a different number of parameter groups")
+        mismatch.add_note(f"param groups: {len(saved_groups)} saved, {len(groups)} in the optimizer")
+        raise mismatch
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         try:
             size, saved_size = len(group["params"]), len(saved["params"])
@@ -159,7 +166,7 @@ def check_groups(saved_groups: Sequence[Group], groups: Sequence[Group]) -> None
             mismatch = ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
             )
-            mismatch.add_note(f"param group {index}: {saved_size} parameters were saved, the optimizer has {size}")
+            mismatch.add_note(f"parameters of group {index}: {saved_size} saved, {size} in the optimizer")
             raise mismatch
 
 

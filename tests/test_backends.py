@@ -58,6 +58,7 @@ def with_broken_extension(without_extension: Path) -> Path:
     ("choice", "name", "reason"),
     [
         ("auto", "native", "the extension is there"),
+        ("", "native", "the extension is there"),
         ("native", "native", "FASTOPT_BACKEND=native"),
         ("python", "python", "FASTOPT_BACKEND=python"),
     ],
@@ -112,6 +113,7 @@ def test_a_missing_extension_is_done_without_but_not_silently(without_extension:
     assert str(without_extension) in output_of(done)
     assert "python: the extension was not built" in done.stdout
     assert done.stderr.count("Warning: fastopt runs in pure Python") == 1
+    assert backends.HOW_TO_BUILD in done.stderr
 
 
 def test_a_missing_extension_that_nobody_wants_is_no_news(without_extension: Path) -> None:
@@ -123,8 +125,8 @@ def test_a_missing_extension_that_nobody_wants_is_no_news(without_extension: Pat
 def test_a_missing_extension_is_an_error_where_it_was_asked_for(without_extension: Path) -> None:
     done = run(REPORT, without_extension, FASTOPT_BACKEND="native")
     assert done.returncode != 0
-    assert last_line(done.stderr).startswith("ImportError")
-    assert "_C" in last_line(done.stderr)
+    assert last_line(done.stderr).startswith("ImportError: FASTOPT_BACKEND=native, but the extension was not built; ")
+    assert backends.HOW_TO_BUILD in last_line(done.stderr)
 
 
 def test_a_broken_extension_warns(with_broken_extension: Path) -> None:
@@ -137,6 +139,8 @@ def test_a_broken_extension_is_an_error_where_it_was_asked_for(with_broken_exten
     done = run(REPORT, with_broken_extension, FASTOPT_BACKEND="native")
     assert done.returncode != 0
     assert last_line(done.stderr).startswith("ImportError")
+    assert str(with_broken_extension / "fastopt" / "_C") in last_line(done.stderr), "the loader's own text"
+    assert "not built" not in done.stderr
 
 
 def test_a_broken_extension_is_not_touched_where_python_was_asked_for(with_broken_extension: Path) -> None:

@@ -71,6 +71,12 @@ def test_a_nonsensical_choice_fails(source: Path) -> None:
     assert last_line(done.stderr) == "fastopt: FASTOPT_BUILD='nonsense' is none of auto, cpu, cuda, none"
 
 
+def test_an_empty_choice_is_none_at_all(source: Path) -> None:
+    done = run(EVALUATE, source, FASTOPT_BUILD="", CXX="a-compiler-that-is-not-there")
+    assert done.returncode == 0, done.stderr
+    assert "building the pure-Python package" in done.stderr
+
+
 def test_a_build_without_a_compiler_gives_the_package_in_pure_python(source: Path, tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     offline = ["--no-deps", "--no-index"]

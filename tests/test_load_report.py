@@ -48,7 +48,7 @@ def test_report_counts_what_was_done(copy):
     for (before, after), count in casts.items():
         assert f"{count} from {str(before).removeprefix('torch.')} to {str(after).removeprefix('torch.')}" in text
     assert f"{'copied' if copy else 'shared'} {unchanged.total()}" in text
-    for named in (fastopt.backend().name, "no state for 1 parameters: 3", "'alien'"):
+    for named in (fastopt.backend().name, "no state for 1 parameter: index 3", "'alien'"):
         assert named in text
 
 
@@ -67,18 +67,40 @@ def test_report_says_how_many_tensors_lost_their_values(copy):
     optimizer = Bare([torch.nn.Parameter(torch.empty(3, device="meta"))])
     report = fastopt.load_state_dict(optimizer, saved({0: {"a": tensor(3), "step": tensor()}}), copy=copy)
     assert report.emptied == 1
-    assert "meta" in str(report)
+    assert "  values lost to parameters on the meta device: 1 tensor" in str(report).splitlines()
 
 
 def test_long_lists_in_the_report_are_cut():
     optimizer = Bare([parameter(1) for _ in range(1000)])
     report = fastopt.load_state_dict(optimizer, saved({}, range(1000)))
     assert report.missing == list(range(1000))
-    assert "1,000 parameters" in str(report)
+    assert "  no state for 1,000 parameters: indices 0, 1, 2, 3, 4 and 995 more" in str(report).splitlines()
     assert len(str(report)) < len(str(report.missing))
 
 
 def test_report_of_nothing():
     report = fastopt.load_state_dict(Bare([parameter(1)]), saved({}, [0]))
     assert (report.tensors, report.bytes_read, report.bytes_written, report.casts) == (0, 0, 0, {})
-    assert str(report).startswith("loaded 0 tensors")
+    assert str(report).startswith("loaded 0 tensors in ")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "moved", "first_line"),
+    [
+        (0.0, 0, "loaded 1 tensor in 0 us (python): read 0 B, wrote 0 B"),
+        (12.34e-6, 400_000, "loaded 1 tensor in 12.3 us (python): read 400 kB, wrote 400 kB"),
+        (999.7e-6, 500_000, "loaded 1 tensor in 1 ms (python): read 500 kB, wrote 500 kB, 1 GB/s"),
+        (0.0942, 3_880_000, "loaded 1 tensor in 94.2 ms (python): read 3.88 MB, wrote 3.88 MB, 82.4 MB/s"),
+        (1.5, 999_600_000, "loaded 1 tensor in 1.5 s (python): read 1 GB, wrote 1 GB, 1.33 GB/s"),
+        (1234.5, 10**13, "loaded 1 tensor in 1,234 s (python): read 10,000 GB, wrote 10,000 GB, 16.2 GB/s"),
+    ],
+)
+def test_report_prints_times_and_sizes_in_units_that_fit(seconds, moved, first_line):
+    report = fastopt.LoadReport("python", seconds)
+    report.add(torch.float32, torch.float32, 1, moved, moved)
+    assert str(report) == first_line
+
+
+def test_report_names_missing_parameters_by_index():
+    report = fastopt.LoadReport("python", missing=[0, 1, 2])
+    assert "  no state for 3 parameters: indices 0, 1, 2" in str(report).splitlines()

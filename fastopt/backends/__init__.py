@@ -1,7 +1,7 @@
 """The choice between the native and the pure-Python backend, made once at import and public.
 
 FASTOPT_BACKEND=auto (default) takes the extension where it is there and warns where it is not: pip does not show what
-a build had to say. `native` raises ImportError with the cause; `python` does without it.
+a build had to say. `native` raises ImportError with the cause; `python` does without it. Empty is `auto`.
 """
 
 import importlib.util
@@ -16,6 +16,10 @@ from fastopt.backends import python
 from fastopt.backends.interface import Backend
 
 CHOICES = ("auto", "native", "python")
+HOW_TO_BUILD = (
+    "to get it, install fastopt with a C++ compiler at hand: `pip install .` in its sources, which fails where the "
+    "extension cannot be built if FASTOPT_BUILD=cpu is set"
+)
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,14 @@ def _choose(choice: str) -> tuple[Backend, str]:
         raise ValueError(f"FASTOPT_BACKEND={choice!r} is none of {', '.join(CHOICES)}")
     if choice == "python":
         return python, "FASTOPT_BACKEND=python"
-    if choice == "auto" and importlib.util.find_spec("fastopt._C") is None:
+    if importlib.util.find_spec("fastopt._C") is None:
         reason = "the extension was not built"
-        warnings.warn(f"fastopt runs in pure Python, as {reason}; FASTOPT_BACKEND=python silences this", stacklevel=2)
+        if choice == "native":
+            raise ImportError(f"FASTOPT_BACKEND=native, but {reason}; {HOW_TO_BUILD}", name="fastopt._C")
+        warnings.warn(
+            f"fastopt runs in pure Python, as {reason}; {HOW_TO_BUILD}; FASTOPT_BACKEND=python silences this",
+            stacklevel=2,
+        )
         return python, reason
     try:
         from fastopt.backends import native
@@ -107,4 +116,4 @@ def _torch_is_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or any(type(mode) is not DeviceContext for mode in modes)
 
 
-_chosen, _reason = _choose(os.environ.get("FASTOPT_BACKEND", "auto"))
+_chosen, _reason = _choose(os.environ.get("FASTOPT_BACKEND") or "auto")

@@ -1,6 +1,6 @@
 """The native backend: the extension for what is plain, the Python backend's rules for the rest.
 
-Importing this module raises ImportError where the extension is missing or does not fit the installed torch, and
+Importing this module raises ImportError where the extension does not load or does not fit the installed torch, and
 ValueError where FASTOPT_CPU_TARGET names no instruction set of this machine.
 """
 
