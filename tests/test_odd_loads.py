@@ -124,7 +124,7 @@ def test_the_first_wrong_group_is_the_one_reported(backend):
     del state_dict["param_groups"][1]["params"]
     with pytest.raises(ValueError, match="doesn't match the size") as ours:
         fastopt.load_state_dict(target, state_dict)
-    assert "param group 0" in "".join(ours.value.__notes__)
+    assert "parameters of group 0" in "".join(ours.value.__notes__)
 
 
 def test_a_missing_list_and_an_unhashable_id_name_their_group(backend):
