@@ -68,5 +68,6 @@ def to(
         options["dtype"] = dtype
     if device is not None:
         options["device"] = torch.device(device)
+    listed = list(tensors)
     with paused_collector():
-        return current().to(list(tensors), options, copy)
+        return current().to(listed, options, copy)

@@ -12,6 +12,14 @@ import torch
 from torch.optim import Optimizer
 
 
+class OverlapError(ValueError):
+    """Two entries of one batch share memory, and at least one of them would be written."""
+
+    def __init__(self, text: str, *entries: int) -> None:
+        super().__init__(text)
+        self.entries = entries
+
+
 def describe_tensor(tensor: torch.Tensor) -> str:
     """Dtype, shape and device, for an error: `float32 [3, 4] on cpu`."""
     try:

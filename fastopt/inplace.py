@@ -10,7 +10,7 @@ from fastopt.backends import current, python
 from fastopt.backends.interface import Group
 from fastopt.casting import Cast
 from fastopt.containers import is_leaf, rebuilt
-from fastopt.errors import describe_tensor
+from fastopt.errors import OverlapError, describe_parameter, describe_tensor
 
 
 class CastInPlace(Cast):
@@ -25,6 +25,10 @@ class CastInPlace(Cast):
         self.held_state = held_state
         self.held: list[torch.Tensor] = []
         self.saved: list[torch.Tensor] = []
+        self.places: list[tuple[torch.Tensor, Any, str]] = []
+        """Parameter, saved id and place within the state of each."""
+        self.partners: dict[int, torch.Tensor] = {}
+        """The saved tensor of each held one, by its identity."""
 
     def __call__(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None) -> Any:
         """The new state of a parameter, around the tensors of its present one.
@@ -32,6 +36,7 @@ class CastInPlace(Cast):
         Raises:
             ValueError: the optimizer holds no tensor of the shape in a saved tensor's place.
         """
+        self.param, self.saved_id = param, saved_id
         return self.value(self.held_state.get(param), value, "state")
 
     def value(self, held: Any, value: Any, place: str) -> Any:
@@ -69,8 +74,14 @@ class CastInPlace(Cast):
             raise ValueError(f"inplace: the optimizer holds {describe_tensor(held)} at {place}, {was_saved}")
         if saved.is_meta and not held.is_meta:
             raise ValueError(f"inplace: {describe_tensor(saved)}, saved at {place}, has no values")
-        self.held.append(held)
-        self.saved.append(saved)
+        partner = self.partners.get(id(held))
+        if partner is None:
+            self.partners[id(held)] = saved
+            self.held.append(held)
+            self.saved.append(saved)
+            self.places.append((self.param, self.saved_id, place))
+        elif partner is not saved:
+            raise ValueError(f"inplace: the tensor held at {place} is held elsewhere too, where another was saved")
         return held
 
     def commit(self) -> None:
@@ -79,8 +90,14 @@ class CastInPlace(Cast):
         Raises:
             ValueError: two of the held tensors overlap. Nothing was written then.
         """
-        with torch.no_grad():
-            current().copy_(self.held, self.saved, False)
+        try:
+            with torch.no_grad():
+                current().copy_(self.held, self.saved, False)
+        except OverlapError as error:
+            for entry in error.entries:
+                param, saved_id, place = self.places[entry]
+                error.add_note(f"entry {entry}: {place} of {describe_parameter(param, saved_id, self.groups)}")
+            raise
         for held, saved in zip(self.held, self.saved, strict=True):
             self.count_tensor(saved, held, copied=False)
         self.report.filled = len(self.held)

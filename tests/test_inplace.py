@@ -161,9 +161,26 @@ def test_a_mismatch_names_the_place_and_changes_nothing(backend, kind):
 def test_overlapping_tensors_are_refused_before_anything_is_written(backend):
     memory = torch.zeros(6)
     optimizer = with_state({"a": memory[:4], "b": memory[2:]})
-    with pytest.raises(ValueError, match="overlap"):
+    with pytest.raises(ValueError, match="overlap") as caught:
         fastopt.load_state_dict(optimizer, saved({"a": torch.ones(4), "b": torch.ones(4)}), inplace=True)
+    notes = "\n".join(caught.value.__notes__)
+    assert "state['a'] of parameter 0" in notes
+    assert "state['b'] of parameter 0" in notes
     assert not memory.any()
+
+
+def test_one_tensor_in_two_places(backend):
+    """Filled once from one saved tensor; from two, nothing says which of them it should hold."""
+    step, value = torch.zeros(()), torch.tensor(3.0)
+    optimizer = with_state({"a": step, "b": step})
+    report = fastopt.load_state_dict(optimizer, saved({"a": value, "b": value}), inplace=True)
+    assert report.filled == 1
+    [state] = optimizer.state.values()
+    assert state["a"] is state["b"] is step
+    assert step == 3
+    with pytest.raises(ValueError, match=r"held at state\['b'\] is held elsewhere too"):
+        fastopt.load_state_dict(optimizer, saved({"a": value, "b": torch.tensor(4.0)}), inplace=True)
+    assert step == 3
 
 
 def test_a_failing_group_check_changes_nothing(backend):

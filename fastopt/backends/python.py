@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastopt.backends.interface import Rules, State
-from fastopt.errors import describe_tensor
+from fastopt.errors import OverlapError, describe_tensor
 
 name = "python"
 
@@ -103,7 +103,7 @@ def check_overlap(dsts: list[torch.Tensor], srcs: list[torch.Tensor]) -> None:
         for other in ("destination", "source"):
             reached, owner = reach[other]
             if begin < reached and "destination" in (role, other):
-                raise ValueError(f"copy_: {role} {index} overlaps {other} {owner} in memory")
+                raise OverlapError(f"copy_: {role} {index} overlaps {other} {owner} in memory", index, owner)
         reach[role] = max(reach[role], (end, index))
 
 
