@@ -1,6 +1,7 @@
 """Loading the states of real models: a few large tensors, and many of every size."""
 
 from benchmarks import goals, plots
+from benchmarks.dcp import DCP_LOADER
 from benchmarks.models import MODELS
 from benchmarks.optimizers import (
     COPYING,
@@ -31,7 +32,7 @@ QUESTION = Question(
     quick=[Case(f"the end of {name}", {"model": name, "parameters": 40}) for name in MODELS],
     warm_up={"parameters": 2},
     build=build,
-    contenders=(stock_loader(), LINEAR_LOADER, FOREACH_FRESH, *FASTOPT_LOADERS, FLOOR_FRESH),
+    contenders=(stock_loader(), LINEAR_LOADER, FOREACH_FRESH, DCP_LOADER, *FASTOPT_LOADERS, FLOOR_FRESH),
     baseline=STOCK,
     goals=[goals.near(case, name, FLOOR_FRESH.name, 0.85) for case in CASES for name in (SHARING, COPYING)],
     plot=plots.bandwidth,
