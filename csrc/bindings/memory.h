@@ -10,9 +10,9 @@ namespace fastopt {
 // Note [Result memory]
 // A large result is written once, from end to end, right after it is allocated: what it costs is its fresh pages. So it
 // gets a mapping of its own, aligned to 2 MiB and advised to use huge pages, which halve that cost where the system has
-// them and change nothing where it has not; the mapping goes back to the system with the tensor. Small results of one
-// batch share slabs: an allocation of its own would cost each of them more than its values. What lies between comes
-// from torch's own CPU allocator.
+// them and change nothing where it has not; the mapping goes back to the system with the tensor. Smaller results of one
+// batch share slabs, large ones of which ask for huge pages as well: an allocation of its own would cost each of the
+// smallest more than its values, and each of the larger ones its fresh pages at their full price.
 class ResultMemory {
  public:
   // Throws c10::Error or std::bad_alloc.

@@ -13,11 +13,12 @@ struct Piece {
 };
 
 // Hands out pieces of one slab after another, from one thread. Slabs grow from a few KiB to `kLargestSlab`, so that a
-// small batch takes little and a surviving piece of a large one pins no more than its slab.
+// small batch takes little and a surviving piece of a large one pins no more than its slab. What is left at the end of
+// a slab has not been touched, and costs no memory.
 class SlabArena {
  public:
-  static constexpr size_t kLargestSlab = size_t{1} << 20;
-  static constexpr size_t kLargestPiece = size_t{32} << 10;
+  static constexpr size_t kLargestSlab = size_t{8} << 20;
+  static constexpr size_t kLargestPiece = size_t{4} << 20;
 
   SlabArena() = default;
   ~SlabArena();

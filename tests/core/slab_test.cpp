@@ -26,7 +26,7 @@ std::vector<Filled> filled_pieces(size_t number) {
   std::mt19937 random(5);
   std::vector<Filled> all;
   for (size_t i = 0; i < number; ++i) {
-    const size_t bytes = i % 50 == 0 ? fastopt::SlabArena::kLargestPiece : 1 + random() % 3'000;
+    const size_t bytes = i % 500 == 0 ? fastopt::SlabArena::kLargestPiece : 1 + random() % 3'000;
     all.push_back({arena.take(bytes), bytes, static_cast<unsigned char>(i % 251)});
     std::memset(all.back().piece.data, all.back().content, bytes);
   }
