@@ -19,9 +19,11 @@ constexpr int64_t kCutElements = 64;       // cuts fall on multiples of this: wh
 // Note [Streaming]
 // A store that misses the cache first reads the line that it will overwrite; one that streams past the cache does not.
 // That pays where the output would be gone from the cache before somebody reads it, and costs where it would not.
-// Measured with 32 MiB of last-level cache, two threads, float32 to bfloat16, GB/s read and written, cached against
-// streaming: 38 against 33 for batches that write 4 MiB, 22 against 27 for 16 MiB and more; in jobs of 256 bytes 25
-// against 12, of 4 KiB 24 against 29. Into fresh pages, which the system has just cleared: 17 against 18.
+// Measured with 32 MiB of last-level cache and two threads, in GB/s read and written, cached against streaming, medians
+// on a machine that others used as well. Batches of bytes that write 4 MiB: 38 against 33, 16 MiB: 26 against 37,
+// 256 MiB: 18 against 27. From float32 to bfloat16: 37 against 37, 23 against 27, 23 against 27, and at 64 MiB, against
+// the trend, 27 against 24. Bytes in jobs of 256: 28 against 8, of 1 KiB: 29 against 24, of 4 KiB: 32 against 39. Into
+// fresh pages, by a loop of the same stores from float32 to bfloat16: 17 against 18.
 constexpr int64_t kStreamedBatch = 16 << 20;  // bytes written
 constexpr int64_t kStreamedJob = 4 << 10;
 
