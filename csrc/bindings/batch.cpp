@@ -3,6 +3,8 @@
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/StorageImpl.h>
+#include <c10/core/TensorImpl.h>
+#include <c10/core/UndefinedTensorImpl.h>
 #include <c10/util/Exception.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -18,11 +20,22 @@ namespace py = pybind11;
 namespace fastopt {
 namespace {
 
-// A storage of result memory, or null where there is none to be had. It resizes like any other CPU storage.
+// A storage of result memory. It resizes like any other CPU storage.
 c10::intrusive_ptr<c10::StorageImpl> new_storage(ResultMemory& memory, size_t bytes) {
+  return memory.make<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes, memory.allocate(bytes),
+                                       c10::GetCPUAllocator(), /*resizable=*/true);
+}
+
+// A plain tensor of `like`'s sizes and strides over a new storage, built without the dispatcher: no operation happens
+// here that a mode or a transform would want to see. Undefined where there is no memory for it.
+at::Tensor new_tensor(ResultMemory& memory, size_t bytes, const at::Tensor& like, at::ScalarType dtype,
+                      int64_t offset) {
   try {
-    return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes, memory.allocate(bytes),
-                                                 c10::GetCPUAllocator(), /*resizable=*/true);
+    auto impl = memory.make<c10::TensorImpl, c10::UndefinedTensorImpl>(
+        c10::Storage(new_storage(memory, bytes)), c10::DispatchKeySet(c10::DispatchKey::CPU),
+        c10::scalarTypeToTypeMeta(dtype));
+    impl->set_sizes_and_strides(like.sizes(), like.strides(), offset);
+    return at::Tensor(std::move(impl));
   } catch (const c10::Error&) {
     return {};
   } catch (const std::bad_alloc&) {
@@ -30,14 +43,10 @@ c10::intrusive_ptr<c10::StorageImpl> new_storage(ResultMemory& memory, size_t by
   }
 }
 
-// A plain tensor of `like`'s sizes and strides over a storage, built without the dispatcher: no operation happens here
-// that a mode or a transform would want to see.
-at::Tensor view_of(c10::intrusive_ptr<c10::StorageImpl> storage, const at::Tensor& like, at::ScalarType dtype,
-                   int64_t offset) {
-  at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(
-      c10::Storage(std::move(storage)), c10::DispatchKeySet(c10::DispatchKey::CPU), c10::scalarTypeToTypeMeta(dtype));
-  tensor.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides(), offset);
-  return tensor;
+// A copy between tensors whose elements stand in the same order in memory.
+Job job_between(const at::Tensor& dst, const at::Tensor& src, CastDTypes dtypes) {
+  const int64_t count = dtypes.src == DType::Byte ? src.numel() * src.element_size() : src.numel();
+  return {src.const_data_ptr(), dst.mutable_data_ptr(), count, dtypes.src, dtypes.dst};
 }
 
 void over_torch_threads(int64_t tasks, const std::function<void(int64_t)>& task) {
@@ -66,31 +75,29 @@ Batch::~Batch() {
 }
 
 py::object Batch::cast(py::handle src, at::ScalarType dtype) {
-  const at::Tensor& tensor = THPVariable_Unpack(src.ptr());
-  const auto dtypes = cast_dtypes(tensor.scalar_type(), dtype);
-  if (!dtypes || !is_dense(tensor)) {
+  const at::Tensor& from = THPVariable_Unpack(src.ptr());
+  const auto dtypes = cast_dtypes(from.scalar_type(), dtype);
+  if (!dtypes || !is_dense(from)) {
     return {};
   }
-  const int64_t count = tensor.numel();
-  auto storage = new_storage(memory_, static_cast<size_t>(count) * c10::elementSize(dtype));
-  if (!storage) {
+  at::Tensor to = new_tensor(memory_, static_cast<size_t>(from.numel()) * c10::elementSize(dtype), from, dtype, 0);
+  if (!to.defined()) {
     return {};
   }
-  const bool bytes = dtypes->src == DType::Byte;
-  const Job job{tensor.const_data_ptr(), storage->mutable_data(), bytes ? count * tensor.element_size() : count,
-                dtypes->src, dtypes->dst};
-  return add(job, src, view_of(std::move(storage), tensor, dtype, 0));
+  const Job job = job_between(to, from, *dtypes);
+  return add(job, src, std::move(to));
 }
 
 py::object Batch::clone(py::handle src) {
-  const at::Tensor& tensor = THPVariable_Unpack(src.ptr());
-  const c10::Storage& from = tensor.storage();
-  auto storage = new_storage(memory_, from.nbytes());
-  if (!storage) {
+  const at::Tensor& from = THPVariable_Unpack(src.ptr());
+  const size_t bytes = from.storage().nbytes();
+  at::Tensor to = new_tensor(memory_, bytes, from, from.scalar_type(), from.storage_offset());
+  if (!to.defined()) {
     return {};
   }
-  const Job job{from.data(), storage->mutable_data(), static_cast<int64_t>(from.nbytes()), DType::Byte, DType::Byte};
-  return add(job, src, view_of(std::move(storage), tensor, tensor.scalar_type(), tensor.storage_offset()));
+  const Job job{from.storage().data(), to.storage().mutable_data(), static_cast<int64_t>(bytes), DType::Byte,
+                DType::Byte};
+  return add(job, src, std::move(to));
 }
 
 void Batch::copy(py::handle dst, py::handle src) {
@@ -98,18 +105,16 @@ void Batch::copy(py::handle dst, py::handle src) {
   const at::Tensor& from = THPVariable_Unpack(src.ptr());
   const auto dtypes = cast_dtypes(from.scalar_type(), to.scalar_type());
   TORCH_CHECK(dtypes, "no kernel from ", from.scalar_type(), " to ", to.scalar_type());
-  const int64_t count = dtypes->src == DType::Byte ? from.numel() * from.element_size() : from.numel();
-  jobs_.push_back({from.const_data_ptr(), to.mutable_data_ptr(), count, dtypes->src, dtypes->dst});
+  jobs_.push_back(job_between(to, from, *dtypes));
   hold(src);
   hold(dst);
 }
 
 py::object Batch::add(const Job& job, py::handle src, at::Tensor dst) {
-  PyObject* wrapped = THPVariable_Wrap(std::move(dst));
-  if (wrapped == nullptr) {
+  auto result = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(dst)));
+  if (!result) {
     throw py::error_already_set();
   }
-  auto result = py::reinterpret_steal<py::object>(wrapped);
   jobs_.push_back(job);
   hold(src);
   return result;

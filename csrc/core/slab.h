@@ -2,13 +2,14 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace fastopt {
 
 class Slab;
 
 struct Piece {
-  void* data;   // 64-byte aligned
+  void* data;
   Slab* owner;  // to be handed to `release` once
 };
 
@@ -19,17 +20,21 @@ class SlabArena {
  public:
   static constexpr size_t kLargestSlab = size_t{8} << 20;
   static constexpr size_t kLargestPiece = size_t{4} << 20;
+  static constexpr size_t kCacheLine = 64;
 
   SlabArena() = default;
   ~SlabArena();
   SlabArena(const SlabArena&) = delete;
   SlabArena& operator=(const SlabArena&) = delete;
 
-  // `bytes` is at most kLargestPiece. Throws std::bad_alloc.
-  Piece take(size_t bytes);
+  // `bytes` is at most kLargestPiece, `alignment` a power of two up to kCacheLine. Throws std::bad_alloc.
+  Piece take(size_t bytes, size_t alignment = kCacheLine);
 
  private:
+  void retire();
+
   Slab* slab_ = nullptr;
+  int64_t pieces_ = 0;  // of the slab, taken so far
   size_t used_ = 0;
   size_t size_ = 0;
 };
