@@ -46,6 +46,48 @@ def test_does_not_run_during_a_load(backend, collector):
     assert gc.isenabled() is collector
 
 
+@pytest.fixture
+def many() -> Iterator[tuple[torch.optim.Optimizer, dict]]:
+    """A load that makes 16,000 objects for the collector to look after, after a full collection."""
+    was_on = gc.isenabled()
+    gc.enable()
+    state_dict = trained(adam(*[(2,)] * 4000)).state_dict()
+    target = adam(*[(2,)] * 4000, dtype=torch.bfloat16)
+    gc.collect()
+    yield target, state_dict
+    (gc.enable if was_on else gc.disable)()
+
+
+def test_what_many_objects_were_made_is_old_at_once(backend, many):
+    target, state_dict = many
+    with collections() as seen:
+        fastopt.load_state_dict(target, state_dict, copy=True)
+    assert seen == []
+    old = set(map(id, gc.get_objects(generation=2)))
+    assert all(id(tensor) in old for entry in target.state.values() for tensor in entry.values())
+    assert gc.get_freeze_count() == 0
+
+
+def test_the_next_full_collection_is_put_off_once(backend, many):
+    target, state_dict = many
+    fastopt.load_state_dict(target, state_dict, copy=True)
+    target.state.clear()  # what dies in the pause makes room for as much
+    with collections() as seen:
+        fastopt.load_state_dict(target, state_dict, copy=True)
+    assert "start" in seen
+
+
+def test_frozen_objects_stay_frozen(backend, many):
+    target, state_dict = many
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        fastopt.load_state_dict(target, state_dict, copy=True)
+        assert gc.get_freeze_count() > frozen / 2
+    finally:
+        gc.unfreeze()
+
+
 def test_is_as_it_was_after_an_error(backend, collector):
     optimizer = trained(adam((2,)))
     broken = optimizer.state_dict()

@@ -63,6 +63,8 @@ bool is_dense(const at::Tensor& tensor) {
   return tensor.is_non_overlapping_and_dense();
 }
 
+Batch::Batch() : kernels_(kernels()) {}
+
 Batch::~Batch() {
   // Far more of them than fit into a cache: fetch the counts ahead of their turn.
   constexpr size_t kAhead = 16;
@@ -115,8 +117,12 @@ py::object Batch::add(const Job& job, py::handle src, at::Tensor dst) {
   if (!result) {
     throw py::error_already_set();
   }
-  jobs_.push_back(job);
-  hold(src);
+  if (const int64_t bytes = job.count * size_of(job.src_dtype); bytes < kListed) {
+    kernels_.find(job.src_dtype, job.dst_dtype)(job.src, job.dst, job.count);
+  } else {
+    jobs_.push_back(job);
+    hold(src);
+  }
   return result;
 }
 
@@ -127,7 +133,7 @@ void Batch::hold(py::handle object) {
 
 void Batch::run() {
   const py::gil_scoped_release without_gil;
-  fastopt::run(jobs_, kernels(), at::get_num_threads(), over_torch_threads);
+  fastopt::run(jobs_, kernels_, at::get_num_threads(), over_torch_threads);
 }
 
 }  // namespace fastopt

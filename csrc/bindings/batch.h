@@ -11,22 +11,28 @@
 
 namespace fastopt {
 
+// Note [Small copies]
+// A copy into a new tensor that is small is made at once, without being listed: what leads to it is in the cache then,
+// and it costs less than to note it, keep its source alive and come back for it. From this many bytes read on, the other
+// threads are worth that.
+inline constexpr int64_t kListed = 1024;
+
 // Collects copies between plain tensors (Note [Plain tensors]), and keeps the Python objects of what it was given
 // alive: that costs less than to hold the tensors, where a second owner is counted once more in Python. What it makes,
 // the caller keeps until `run` has returned. All of it is called with the GIL held.
 class Batch {
  public:
-  Batch() = default;
+  Batch();
   ~Batch();
   Batch(const Batch&) = delete;
   Batch& operator=(const Batch&) = delete;
 
-  // Lists a copy of `src` into a new tensor as `src.to(dtype, copy=True)` would make it: dense strides are kept. The
-  // result has its values after `run`, all else at once.
+  // Copies `src` into a new tensor as `src.to(dtype, copy=True)` would make it: dense strides are kept. The result has
+  // its values after `run` at the latest, all else at once.
   // Null where the native path cannot do that (no kernel, strides with gaps, no memory): the caller asks torch.
   pybind11::object cast(pybind11::handle src, at::ScalarType dtype);
 
-  // Lists a copy of `src` as `copy.deepcopy` would make it: the whole storage, and the same view of it.
+  // Copies `src` as `copy.deepcopy` would make it: the whole storage, and the same view of it.
   // Null where there is no memory for it.
   pybind11::object clone(pybind11::handle src);
 
@@ -41,6 +47,7 @@ class Batch {
   pybind11::object add(const Job& job, pybind11::handle src, at::Tensor dst);
   void hold(pybind11::handle object);
 
+  const Kernels& kernels_;
   ResultMemory memory_;
   std::vector<Job> jobs_;
   std::vector<PyObject*> held_;

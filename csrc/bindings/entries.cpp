@@ -1,10 +1,13 @@
 #include "entries.h"
 
+#include <c10/core/StorageImpl.h>
 #include <c10/core/TensorImpl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <stdexcept>
 #include <utility>
+
+#include "batch.h"
 
 namespace py = pybind11;
 
@@ -27,6 +30,19 @@ bool is_exactly_tensor(PyObject* object) {
 
 const c10::TensorImpl* impl_of(PyObject* tensor) {
   return THPVariable_Unpack(tensor).unsafeGetTensorImpl();
+}
+
+// Null for what is no tensor, or has none.
+c10::StorageImpl* storage_of(PyObject* value) {
+  const bool has_one = is_exactly_tensor(value) && impl_of(value)->has_storage();
+  return has_one ? impl_of(value)->unsafe_storage().unsafeGetStorageImpl() : nullptr;
+}
+
+// Values that are copied at once; those that are listed will be read later.
+void fetch_small_values(c10::StorageImpl& storage) {
+  if (const auto bytes = storage.sym_nbytes().maybe_as_int(); bytes && *bytes < kListed) {
+    fetch(storage._mutable_data_ptr_no_checks().get(), static_cast<size_t>(*bytes));
+  }
 }
 
 // Calls `visit(key, value)` for the items of a dict up to a key that is no str. Whether there was none.
@@ -130,8 +146,13 @@ void EntryReader::hold_items() {
     }
   }
   for (const Item& item : items_) {
-    if (is_exactly_tensor(item.value.ptr()) && impl_of(item.value.ptr())->has_storage()) {
-      fetch(impl_of(item.value.ptr())->unsafe_storage().unsafeGetStorageImpl(), sizeof(c10::StorageImpl));
+    if (const c10::StorageImpl* storage = storage_of(item.value.ptr())) {
+      fetch(storage, sizeof(c10::StorageImpl));
+    }
+  }
+  for (const Item& item : items_) {
+    if (c10::StorageImpl* storage = storage_of(item.value.ptr())) {
+      fetch_small_values(*storage);
     }
   }
   for (size_t i = 0; i < entries_.size(); ++i) {
