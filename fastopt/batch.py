@@ -61,8 +61,6 @@ def to(
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"to: dtype is a {type(dtype).__name__}, not a torch.dtype")
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"to: dtype is a {type(dtype).__name__}, not a torch.dtype")
     options: dict[str, Any] = {}
     if dtype is not None:
         options["dtype"] = dtype

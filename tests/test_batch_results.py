@@ -1,6 +1,7 @@
 """What fastopt.to returns: an ordinary tensor."""
 
 import copy
+import gc
 import io
 import pickle
 from collections.abc import Callable
@@ -85,3 +86,26 @@ def test_result_can_be_trained(result: torch.Tensor) -> None:
     assert torch.equal(param.grad, 2 * param.detach())
     result.add_(1)
     assert result._version == 1
+
+
+def test_storage_outlives_its_tensor(backend: str) -> None:
+    results = fastopt.to([values((size,), torch.bfloat16) for size in range(1, 200)], dtype=torch.float32)
+    before = [result.clone() for result in results]
+    storages = [result.untyped_storage() for result in results]
+    views = [result[:1] for result in results]
+    del results
+    gc.collect()
+    for storage, view, kept in zip(storages, views, before, strict=True):
+        assert view.data_ptr() == storage.data_ptr()
+        assert torch.equal(torch.empty(0).set_(storage), kept)
+
+
+def test_results_can_trade_places_with_other_tensors(result: torch.Tensor) -> None:
+    other = torch.arange(3.0)
+    before = result.clone()
+    torch.utils.swap_tensors(result, other)
+    assert torch.equal(other, before)
+    assert result.tolist() == [0, 1, 2]
+    result.data = other
+    other.set_()
+    assert torch.equal(result, before)

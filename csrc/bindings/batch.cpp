@@ -31,9 +31,9 @@ c10::intrusive_ptr<c10::StorageImpl> new_storage(ResultMemory& memory, size_t by
 at::Tensor new_tensor(ResultMemory& memory, size_t bytes, const at::Tensor& like, at::ScalarType dtype,
                       int64_t offset) {
   try {
-    auto impl = memory.make<c10::TensorImpl, c10::UndefinedTensorImpl>(
-        c10::Storage(new_storage(memory, bytes)), c10::DispatchKeySet(c10::DispatchKey::CPU),
-        c10::scalarTypeToTypeMeta(dtype));
+    auto impl = memory.make<c10::TensorImpl, c10::UndefinedTensorImpl>(c10::Storage(new_storage(memory, bytes)),
+                                                                       c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                                       c10::scalarTypeToTypeMeta(dtype));
     impl->set_sizes_and_strides(like.sizes(), like.strides(), offset);
     return at::Tensor(std::move(impl));
   } catch (const c10::Error&) {

@@ -13,8 +13,8 @@ namespace fastopt {
 
 // Note [Small copies]
 // A copy into a new tensor that is small is made at once, without being listed: what leads to it is in the cache then,
-// and it costs less than to note it, keep its source alive and come back for it. From this many bytes read on, the other
-// threads are worth that.
+// and it costs less than to note it, keep its source alive and come back for it. From this many bytes read on, the
+// other threads are worth that.
 inline constexpr int64_t kListed = 1024;
 
 // Collects copies between plain tensors (Note [Plain tensors]), and keeps the Python objects of what it was given

@@ -24,17 +24,13 @@ void fetch(const void* object, size_t bytes) {
   }
 }
 
-bool is_exactly_tensor(PyObject* object) {
-  return THPVariable_CheckExact(object);
-}
-
 const c10::TensorImpl* impl_of(PyObject* tensor) {
   return THPVariable_Unpack(tensor).unsafeGetTensorImpl();
 }
 
 // Null for what is no tensor, or has none.
 c10::StorageImpl* storage_of(PyObject* value) {
-  const bool has_one = is_exactly_tensor(value) && impl_of(value)->has_storage();
+  const bool has_one = THPVariable_CheckExact(value) && impl_of(value)->has_storage();
   return has_one ? impl_of(value)->unsafe_storage().unsafeGetStorageImpl() : nullptr;
 }
 
@@ -131,7 +127,7 @@ void EntryReader::gather_items() {
       raw_.resize(begin);
     }
     ranges_.push_back({begin, raw_.size()});
-    if (entry.param && is_exactly_tensor(entry.param.ptr())) {
+    if (entry.param && THPVariable_CheckExact(entry.param.ptr())) {
       fetch(impl_of(entry.param.ptr()), sizeof(c10::TensorImpl));
     }
   }
@@ -141,7 +137,7 @@ void EntryReader::hold_items() {
   items_.clear();
   for (const auto& [key, value] : raw_) {
     items_.push_back(borrow(key, value));
-    if (is_exactly_tensor(value)) {
+    if (THPVariable_CheckExact(value)) {
       fetch(impl_of(value), sizeof(c10::TensorImpl));
     }
   }

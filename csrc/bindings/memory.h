@@ -40,8 +40,8 @@ class InSlab final : public T {
 // gets a mapping of its own, aligned to 2 MiB and advised to use huge pages, which halve that cost where the system has
 // them and change nothing where it has not; the mapping goes back to the system with the tensor. Smaller results of one
 // batch share slabs, large ones of which ask for huge pages as well: an allocation of its own would cost each of the
-// smallest more than its values, and each of the larger ones its fresh pages at their full price. The same holds for the
-// objects that a tensor is made of, which take more memory than the values of a small one.
+// smallest more than its values, and each of the larger ones its fresh pages at their full price. The same holds for
+// the objects that a tensor is made of, which take more memory than the values of a small one.
 class ResultMemory {
  public:
   // Throws c10::Error or std::bad_alloc.

@@ -72,10 +72,6 @@ bool may_overlap(std::vector<Interval> dsts, std::vector<Interval> srcs) {
   return false;
 }
 
-bool is_exact_tensor(py::handle object) {
-  return THPVariable_CheckExact(object.ptr());
-}
-
 // In place, an inference tensor is writable only in inference mode: torch's to refuse.
 bool is_plain_destination(const at::Tensor& tensor) {
   return is_plain(tensor) && (!tensor.is_inference() || c10::InferenceMode::is_enabled());
@@ -95,7 +91,7 @@ bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& 
   for (size_t i = 0; i < dsts.size(); ++i) {
     const py::handle dst_object = dsts[i];
     const py::handle src_object = srcs[i];
-    if (!is_exact_tensor(dst_object) || !is_exact_tensor(src_object)) {
+    if (!THPVariable_CheckExact(dst_object.ptr()) || !THPVariable_CheckExact(src_object.ptr())) {
       if (!THPVariable_Check(dst_object.ptr()) || !THPVariable_Check(src_object.ptr())) {
         return false;
       }
@@ -150,7 +146,7 @@ py::list to_plain(const py::list& tensors, const py::object& dtype, bool copy) {
   py::list results;
   for (const py::handle& object : tensors) {
     py::object result = py::none();
-    if (is_exact_tensor(object)) {
+    if (THPVariable_CheckExact(object.ptr())) {
       const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
       const at::ScalarType target = dtype.is_none() ? tensor.scalar_type() : dtype.cast<at::ScalarType>();
       if (is_plain(tensor)) {

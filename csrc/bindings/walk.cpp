@@ -49,7 +49,8 @@ py::object checked(PyObject* object) {
   return py::reinterpret_steal<py::object>(object);
 }
 
-bool is_exactly_tensor(PyObject* object) {
+// A parameter in a saved state is cast as any tensor, but its deep copy is a parameter: Python's.
+bool is_tensor_and_no_parameter(PyObject* object) {
   return Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(THPVariableClass);
 }
 
@@ -124,7 +125,7 @@ class Walk {
     if (is_atom(value)) {
       return item.value;
     }
-    if (is_exactly_tensor(value)) {
+    if (is_tensor_and_no_parameter(value)) {
       return cast_tensor(item, sole);
     }
     if (depth_ == kMaxDepth) {

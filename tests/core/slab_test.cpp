@@ -51,6 +51,22 @@ void test_pieces_share_no_byte_and_outlive_their_arena() {
   }
 }
 
+void test_pieces_of_another_alignment_stand_closer() {
+  fastopt::SlabArena arena;
+  std::vector<fastopt::Piece> all;
+  for (const size_t alignment : {size_t{16}, size_t{16}, size_t{64}, size_t{1}}) {
+    all.push_back(arena.take(20, alignment));
+    check(reinterpret_cast<uintptr_t>(all.back().data) % alignment == 0, "a piece is not aligned to ", alignment);
+  }
+  const auto* first = static_cast<const char*>(all.front().data);
+  check(static_cast<const char*>(all[1].data) == first + 32, "the second piece does not follow the first");
+  check(static_cast<const char*>(all[2].data) == first + 64, "the third piece does not follow the second");
+  check(static_cast<const char*>(all[3].data) == first + 84, "the fourth piece does not follow the third");
+  for (const fastopt::Piece& piece : all) {
+    fastopt::release(piece.owner);
+  }
+}
+
 void test_pieces_are_released_on_many_threads() {
   const std::vector<Filled> all = filled_pieces(2'000);
   run_on_std_threads(4, [&](int64_t thread) {
@@ -72,6 +88,7 @@ void test_an_arena_that_gave_nothing_takes_nothing() {
 std::span<const Test> slab_tests() {
   static constexpr std::array kTests{
       TEST(test_pieces_share_no_byte_and_outlive_their_arena),
+      TEST(test_pieces_of_another_alignment_stand_closer),
       TEST(test_pieces_are_released_on_many_threads),
       TEST(test_an_arena_that_gave_nothing_takes_nothing),
   };
