@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 MANY = 10_000
-"""Young objects: fewer are looked through in less than a millisecond."""
+"""Containers: fewer are looked through in less than a millisecond."""
 
 
 @contextmanager
@@ -13,18 +13,19 @@ def paused_collector() -> Iterator[None]:
     """Pause the cyclic garbage collector of this process, if it is on.
 
     It runs after every few hundred new containers and looks at all of the young ones, again and again at all there are.
-    While a state is built, none of them is garbage, and none will be soon: if many were made, they come out of the
-    pause old, and wait for the next full collection.
+    While a state is built, none of them is garbage, and none will be soon: if there are many more of them after the
+    pause than before it, all that is young comes out of it old.
     """
     if not gc.isenabled():
         yield
         return
     gc.disable()
+    young = gc.get_count()[0]
     try:
         yield
-    finally:
-        if gc.get_count()[0] > MANY:
+        if gc.get_count()[0] - young > MANY:
             _age_young_objects()
+    finally:
         gc.enable()
 
 
@@ -33,15 +34,17 @@ _full_collections = -1
 
 
 def _age_young_objects() -> None:
-    """Move all objects to the oldest generation, without looking at any.
+    """Move all objects of the process to the oldest generation, where only a full collection looks for garbage.
 
-    Done again only after a full collection: it puts off the next one, which must come where states are loaded over and
-    over. Not done where a program has frozen its objects, as that would thaw them.
+    That starts the count to the next one anew. It must come all the same where states are loaded over and over, so
+    objects are not aged again before it has. Nor are they where some are frozen: they would be thawed.
     """
     global _full_collections
     full_collections = gc.get_stats()[-1]["collections"]
     if full_collections == _full_collections or gc.get_freeze_count() > 0:
         return
     _full_collections = full_collections
-    gc.freeze()
-    gc.unfreeze()
+    try:
+        gc.freeze()
+    finally:
+        gc.unfreeze()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastopt
 from tests.batches import values
@@ -95,6 +96,7 @@ def test_storage_outlives_its_tensor(backend: str) -> None:
     views = [result[:1] for result in results]
     del results
     gc.collect()
+    fastopt.to([values((size,), torch.bfloat16, seed=7) for size in range(1, 200)], dtype=torch.float32)
     for storage, view, kept in zip(storages, views, before, strict=True):
         assert view.data_ptr() == storage.data_ptr()
         assert torch.equal(torch.empty(0).set_(storage), kept)
@@ -109,3 +111,11 @@ def test_results_can_trade_places_with_other_tensors(result: torch.Tensor) -> No
     result.data = other
     other.set_()
     assert torch.equal(result, before)
+
+
+def test_weak_reference_to_a_storage_outlives_it(backend: str) -> None:
+    results = fastopt.to([values((size,), torch.bfloat16) for size in range(1, 200)], dtype=torch.float32)
+    references = [StorageWeakRef(result.untyped_storage()) for result in results]
+    assert not any(reference.expired() for reference in references)
+    del results
+    assert all(reference.expired() for reference in references)

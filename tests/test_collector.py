@@ -58,7 +58,7 @@ def many() -> Iterator[tuple[torch.optim.Optimizer, dict]]:
     (gc.enable if was_on else gc.disable)()
 
 
-def test_what_many_objects_were_made_is_old_at_once(backend, many):
+def test_many_loaded_objects_are_old_at_once(backend, many):
     target, state_dict = many
     with collections() as seen:
         fastopt.load_state_dict(target, state_dict, copy=True)
@@ -68,13 +68,48 @@ def test_what_many_objects_were_made_is_old_at_once(backend, many):
     assert gc.get_freeze_count() == 0
 
 
-def test_the_next_full_collection_is_put_off_once(backend, many):
+def test_objects_are_aged_once_before_a_full_collection(backend, many):
     target, state_dict = many
     fastopt.load_state_dict(target, state_dict, copy=True)
-    target.state.clear()  # what dies in the pause makes room for as much
+    target.state.clear()  # or it would die in the pause, and there would be no more objects after it than before
     with collections() as seen:
         fastopt.load_state_dict(target, state_dict, copy=True)
     assert "start" in seen
+
+
+@pytest.fixture
+def never_due() -> Iterator[None]:
+    """The collector is on, and does not run by itself: what is young stays so."""
+    threshold = gc.get_threshold()
+    gc.set_threshold(0)
+    yield
+    gc.set_threshold(*threshold)
+
+
+def is_old(kept: object) -> bool:
+    return id(kept) in set(map(id, gc.get_objects(generation=2)))
+
+
+def test_objects_made_before_a_call_are_left_young(backend, many, never_due):
+    made_before = [[] for _ in range(20_000)]
+    fastopt.to([torch.ones(2)], dtype=torch.bfloat16)
+    assert not is_old(made_before[0])
+
+
+def test_a_failed_load_ages_nothing(backend, many, never_due):
+    target, state_dict = many
+    kept = []
+
+    def fail(state):
+        raise RuntimeError("late")
+
+    target.__setstate__ = fail
+    with pytest.raises(RuntimeError, match="late"):
+        fastopt.load_state_dict(target, state_dict, copy=True)
+    assert not is_old(kept)
+    del target.__setstate__
+    fastopt.load_state_dict(target, state_dict, copy=True)
+    assert is_old(kept)
 
 
 def test_frozen_objects_stay_frozen(backend, many):

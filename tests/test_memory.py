@@ -79,6 +79,19 @@ def test_many_loads_leave_nothing_resident(backend: str, copied: bool) -> None:
     assert resident() - settled < written, "more than one state stayed behind"
 
 
+def test_values_given_back_leave_nothing_resident(backend: str) -> None:
+    if backend == "python":
+        pytest.skip("what torch's allocator gives back is malloc's to keep")
+    sources = [torch.ones(MIB // 4, dtype=torch.float32) for _ in range(4)] * 64
+    before = resident()
+    results = fastopt.to(sources, dtype=torch.bfloat16)
+    written = sum(result.nbytes for result in results)
+    assert resident() - before > written // 2
+    for result in results:
+        result.untyped_storage().resize_(0)
+    assert resident() - before < written // 4, "tensors without values keep their memory"
+
+
 class Refuses(list[Any]):
     """A container that cannot be rebuilt."""
 

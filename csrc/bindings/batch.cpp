@@ -117,7 +117,7 @@ py::object Batch::add(const Job& job, py::handle src, at::Tensor dst) {
   if (!result) {
     throw py::error_already_set();
   }
-  if (const int64_t bytes = job.count * size_of(job.src_dtype); bytes < kListed) {
+  if (const int64_t bytes = job.count * size_of(job.src_dtype); bytes < kSmallestListed) {
     kernels_.find(job.src_dtype, job.dst_dtype)(job.src, job.dst, job.count);
   } else {
     jobs_.push_back(job);

@@ -15,11 +15,11 @@ namespace fastopt {
 // A copy into a new tensor that is small is made at once, without being listed: what leads to it is in the cache then,
 // and it costs less than to note it, keep its source alive and come back for it. From this many bytes read on, the
 // other threads are worth that.
-inline constexpr int64_t kListed = 1024;
+inline constexpr int64_t kSmallestListed = 1024;
 
-// Collects copies between plain tensors (Note [Plain tensors]), and keeps the Python objects of what it was given
-// alive: that costs less than to hold the tensors, where a second owner is counted once more in Python. What it makes,
-// the caller keeps until `run` has returned. All of it is called with the GIL held.
+// Copies between plain tensors (Note [Plain tensors]). What is listed runs together, and what it reads is kept alive
+// until then by its Python objects: that costs less than to hold the tensors, where a second owner is counted once more
+// in Python. What it makes, the caller keeps until `run` has returned. All of it is called with the GIL held.
 class Batch {
  public:
   Batch();

@@ -14,7 +14,7 @@ namespace py = pybind11;
 namespace fastopt {
 namespace {
 
-constexpr size_t kBlock = 32;  // some 400 cache lines, which the first-level cache holds
+constexpr size_t kBlock = 32;  // some 400 cache lines and small values: what the first two levels of cache hold
 constexpr size_t kCacheLine = 64;
 
 // Asks for the memory of an object.
@@ -34,9 +34,9 @@ c10::StorageImpl* storage_of(PyObject* value) {
   return has_one ? impl_of(value)->unsafe_storage().unsafeGetStorageImpl() : nullptr;
 }
 
-// Values that are copied at once; those that are listed will be read later.
+// Values that will be copied at once, as far as the size of the storage says; what is listed is read later.
 void fetch_small_values(c10::StorageImpl& storage) {
-  if (const auto bytes = storage.sym_nbytes().maybe_as_int(); bytes && *bytes < kListed) {
+  if (const auto bytes = storage.sym_nbytes().maybe_as_int(); bytes && *bytes < kSmallestListed) {
     fetch(storage._mutable_data_ptr_no_checks().get(), static_cast<size_t>(*bytes));
   }
 }

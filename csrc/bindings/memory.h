@@ -6,15 +6,18 @@
 
 #include <cstddef>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #include "../core/slab.h"
 
 namespace fastopt {
 
-// An object in a slab. `delete` through a base class with a virtual destructor finds the way back as well.
+// An object in a slab. `delete` through a base class finds the way back as well.
 template <class T>
 class InSlab final : public T {
+  static_assert(std::has_virtual_destructor_v<T>);
+
  public:
   using T::T;
 
@@ -40,22 +43,27 @@ class InSlab final : public T {
 // gets a mapping of its own, aligned to 2 MiB and advised to use huge pages, which halve that cost where the system has
 // them and change nothing where it has not; the mapping goes back to the system with the tensor. Smaller results of one
 // batch share slabs, large ones of which ask for huge pages as well: an allocation of its own would cost each of the
-// smallest more than its values, and each of the larger ones its fresh pages at their full price. The same holds for
-// the objects that a tensor is made of, which take more memory than the values of a small one.
+// smallest more than its values, and each of the larger ones its fresh pages at their full price.
+//
+// The objects that a tensor is made of take more memory than the values of a small one, so they come from slabs too,
+// but from slabs of their own: they live on where the values are given back (resize_(0), `tensor.data = …`), and must
+// not keep those.
 class ResultMemory {
  public:
-  // Throws c10::Error or std::bad_alloc.
+  // Throws std::bad_alloc.
   c10::DataPtr allocate(size_t bytes);
 
-  // An object of torch's, which goes the way of any other when nobody refers to it. Throws std::bad_alloc.
+  // An object of torch's, which goes the way of any other when nobody refers to it. Throws std::bad_alloc,
+  // and what T's constructor throws.
   template <class T, class Null = c10::detail::intrusive_target_default_null_type<T>, class... Arguments>
   c10::intrusive_ptr<T, Null> make(Arguments&&... arguments) {
-    T* object = new (small_) InSlab<T>(std::forward<Arguments>(arguments)...);
+    T* object = new (objects_) InSlab<T>(std::forward<Arguments>(arguments)...);
     return c10::intrusive_ptr<T, Null>::unsafe_steal_from_new(object);
   }
 
  private:
   SlabArena small_;
+  SlabArena objects_;
 };
 
 }  // namespace fastopt

@@ -1,4 +1,4 @@
-// The walk over the saved state: one pass that reads the dicts, allocates the results and lists the copies.
+// The walk over the saved state: one pass that reads the dicts, allocates the results and makes or lists the copies.
 //
 // The rules are those of `fastopt/state_dict.py`, for values that are plain (Note [Plain tensors]) in exact dicts keyed
 // by str and in exact lists. Any other value is put off: its place is held by None, and the caller fills it by the
