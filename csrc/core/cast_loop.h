@@ -33,6 +33,23 @@ inline size_t bytes_to_line(const void* address) {
   return (kLine - reinterpret_cast<uintptr_t>(address) % kLine) % kLine;
 }
 
+// Note [Fetching ahead]
+// A thread that streams waits for what it reads alone, and a cast has less in flight than a plain move. Measured with
+// two threads on 128 tensors of 1 Mi elements, in GB/s read and written, without fetching and with it, medians of three
+// runs: float32 to bfloat16 28 and 40, to float16 30 and 38; bfloat16 to float32 33 and 34, float64 to float32 32 and
+// 30. Moved bytes lost by it (38 and 35), so they are not fetched.
+constexpr int64_t kAhead = 2 << 10;  // bytes
+
+// The lines that hold `kBytes` from an address. May be past the end: fetching faults at no address.
+template <int64_t kBytes>
+void fetch(const char* from) {
+  constexpr int kRead = 0;
+  constexpr int kNeededOnce = 0;
+  for (int64_t i = 0; i < kBytes; i += static_cast<int64_t>(kLine)) {
+    __builtin_prefetch(from + i, kRead, kNeededOnce);
+  }
+}
+
 template <class Vector, class Src, class Dst, Store kStore>
 void cast(const void* src, void* dst, int64_t count) {
   constexpr int64_t kSrc = sizeof(Src);
@@ -49,6 +66,9 @@ void cast(const void* src, void* dst, int64_t count) {
     cast_scalar<Src, Dst>(from, to, i);
   }
   for (; i + Vector::kWidth <= count; i += Vector::kWidth) {
+    if constexpr (kStore == Store::Streaming) {
+      fetch<Vector::kWidth * kSrc>(from + i * kSrc + kAhead);
+    }
     Vector::template store<Dst, kStore>(to + i * kDst, Vector::template load<Src>(from + i * kSrc));
   }
   if constexpr (kStore == Store::Streaming) {
