@@ -123,7 +123,7 @@ def foreach_fresh(work: LoadWork) -> Callable[[], object]:
     return partial(to_by_foreach_copy, work.moments(), work.param_dtype)
 
 
-FOREACH_FRESH = Contender("_foreach_copy_, fresh", foreach_fresh)
+FOREACH_FRESH = Contender("torch._foreach_copy_, fresh", foreach_fresh)
 FLOOR_FRESH = Contender("floor, fresh", floor_fresh)
 FLOOR_WARM = Contender("floor, warm", floor_warm)
 LINEAR_LOADER = loader(LINEAR, linear_load_state_dict)

@@ -68,7 +68,7 @@ QUESTION = Question(
         FOREACH_FRESH,
         *FASTOPT_LOADERS,
         FLOOR_FRESH,
-        Contender("_foreach_copy_, preallocated", into_preallocated(torch._foreach_copy_)),
+        Contender("torch._foreach_copy_, preallocated", into_preallocated(torch._foreach_copy_)),
         Contender("fastopt.copy_, preallocated", into_preallocated(fastopt.copy_), NATIVE_BACKEND),
         Contender(IN_PLACE, load_in_place, NATIVE_BACKEND),
         FLOOR_WARM,
