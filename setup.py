@@ -18,8 +18,12 @@ from setuptools import Extension, setup
 CHOICES = ("auto", "cpu", "cuda", "none")
 
 
-def sources() -> list[str]:
-    found = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]  # the last: one rule for rounding, on host and device
+
+
+def sources(with_cuda: bool) -> list[str]:
+    kinds = (".cpp", ".cu") if with_cuda else (".cpp",)
+    found = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in kinds)
     if not found:
         raise RuntimeError("no sources: csrc/ is not there")
     return found
@@ -58,8 +62,8 @@ def extension(choice: str) -> Extension:
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     return kind(
         "fastopt._C",
-        sources(),
-        extra_compile_args={"cxx": flags + ["-DFASTOPT_WITH_CUDA"] * with_cuda},
+        sources(with_cuda),
+        extra_compile_args={"cxx": flags + ["-DFASTOPT_WITH_CUDA"] * with_cuda, "nvcc": NVCC_FLAGS},
     )
 
 
