@@ -99,7 +99,8 @@ FASTOPT_ON_DEVICE void move_units(const Chunk& chunk, int lane) {
   cast_singly(chunk.src + units * kUnit, chunk.dst + units * kUnit, chunk.count % kUnit, lane);
 }
 
-// Bytes: where the two sides never stand at a multiple of kAccess together, by the widest unit that both are aligned to.
+// Bytes: where the two sides never stand at a multiple of kAccess together, by the widest unit that both are aligned
+// to.
 FASTOPT_ON_DEVICE void move_bytes(const Chunk& chunk, int lane) {
   const int64_t past = past_access(chunk.src) | past_access(chunk.dst);
   if (past_access(chunk.src) == past_access(chunk.dst)) {

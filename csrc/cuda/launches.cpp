@@ -38,7 +38,8 @@ void for_each_launch(std::span<const Job> jobs, const Launch& launch) {
     }
     std::vector<Item>& items = pending[pair_of(job)];
     const int64_t before = items.empty() ? 0 : items.back().end;
-    items.push_back({static_cast<const char*>(job.src), static_cast<char*>(job.dst), job.count, before + chunks_of(job)});
+    items.push_back(
+        {static_cast<const char*>(job.src), static_cast<char*>(job.dst), job.count, before + chunks_of(job)});
     if (items.size() == kManyItems) {
       flush(pair_of(job));
     }

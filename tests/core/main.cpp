@@ -1,5 +1,5 @@
-// Tests of csrc/core, and of what in csrc/cuda needs no CUDA, by themselves; `tests/test_core.py` compiles them with AddressSanitizer and with ThreadSanitizer, and
-// runs them.
+// Tests of csrc/core, and of what in csrc/cuda needs no CUDA, by themselves; `tests/test_core.py` compiles them with
+// AddressSanitizer and with ThreadSanitizer, and runs them.
 #include <cstdio>
 #include <exception>
 #include <string_view>

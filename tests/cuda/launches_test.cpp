@@ -62,7 +62,8 @@ void run_on_fake_device(std::span<const Job> jobs) {
   });
 }
 
-// Random bytes into fresh memory, both at an offset from an allocation's start; and what the CPU's kernels make of them.
+// Random bytes into fresh memory, both at an offset from an allocation's start; and what the CPU's kernels make of
+// them.
 class Batch {
  public:
   void add(int64_t count, DType src, DType dst, int64_t src_offset = 0, int64_t dst_offset = 0) {
@@ -169,8 +170,8 @@ void test_one_launch_a_pair_and_thousand_jobs() {
 // No memory is that large; only its addresses are computed.
 void test_chunks_beyond_32_bits() {
   constexpr int64_t kHuge = int64_t{1} << 40;
-  const Job job{reinterpret_cast<const void*>(uintptr_t{1} << 44), reinterpret_cast<void*>(uintptr_t{1} << 45), kHuge + 5,
-                DType::Float32, DType::BFloat16};
+  const Job job{reinterpret_cast<const void*>(uintptr_t{1} << 44), reinterpret_cast<void*>(uintptr_t{1} << 45),
+                kHuge + 5, DType::Float32, DType::BFloat16};
   for_each_launch({&job, 1}, [](DType, DType, std::span<const Item> items) {
     const auto last = fastopt::cuda::chunk_at<float, bfloat16>(items.data(), 1, items.back().end - 1);
     check(last.count == 5, "the last chunk has ", last.count, " elements");
@@ -195,12 +196,9 @@ void test_an_error_of_a_launch_reaches_the_caller() {
 
 std::span<const Test> launches_tests() {
   static constexpr std::array kTests{
-      TEST(test_lanes_cast_at_every_alignment),
-      TEST(test_lanes_cast_around_the_ends_of_chunks),
-      TEST(test_launches_take_any_mix),
-      TEST(test_one_launch_a_pair_and_thousand_jobs),
-      TEST(test_chunks_beyond_32_bits),
-      TEST(test_an_error_of_a_launch_reaches_the_caller),
+      TEST(test_lanes_cast_at_every_alignment), TEST(test_lanes_cast_around_the_ends_of_chunks),
+      TEST(test_launches_take_any_mix),         TEST(test_one_launch_a_pair_and_thousand_jobs),
+      TEST(test_chunks_beyond_32_bits),         TEST(test_an_error_of_a_launch_reaches_the_caller),
   };
   return kTests;
 }
