@@ -63,7 +63,7 @@ format: setup
 
 # ---- CUDA ----
 # make cuda-build   the extension against a torch with CUDA (several GB, in build/cuda-venv), compiled by the nvcc that is
-#                   there, linked and imported; needs no GPU
+#                   there (CUDA_HOME, where it is not found), linked and imported; needs no GPU
 # make gpu-check    on a machine with a GPU: the extension against the torch of GPU_PYTHON, and the tests that need a GPU
 
 CUDA_TORCH ?= 2.11.0
@@ -80,7 +80,7 @@ $(CUDA_VENV)/.installed-torch-$(CUDA_TORCH):
 cuda-build: $(CUDA_VENV)/.installed-torch-$(CUDA_TORCH)
 	FASTOPT_BUILD=cuda TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" MAX_JOBS=$(JOBS) \
 		$(CUDA_VENV)/bin/python setup.py --quiet build --build-base build/cuda --build-lib build/cuda/lib
-	cd build/cuda/lib && $(CURDIR)/$(CUDA_VENV)/bin/python -m fastopt info
+	cd build/cuda/lib && $(abspath $(CUDA_VENV))/bin/python -m fastopt info
 
 gpu-check:
 	FASTOPT_BUILD=cuda $(GPU_PYTHON) setup.py --quiet build_ext --inplace
