@@ -13,13 +13,13 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-torch-$(TORCH)
 EXTENSION := fastopt/.extension-built
-CSRC      := $(shell find csrc tests/core -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
+CSRC      := $(shell find csrc tests/core tests/cuda -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 JOBS      := $(shell nproc)
 COMPILE   := MAX_JOBS=$(JOBS) $(BIN)/python setup.py --quiet build_ext --inplace
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test bench lint format clean
+.PHONY: setup demo test bench lint format cuda-build gpu-check clean
 
 setup: $(EXTENSION)
 
@@ -60,6 +60,31 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
+
+# ---- CUDA ----
+# make cuda-build   the extension against a torch with CUDA (several GB, in build/cuda-venv), compiled by the nvcc that is
+#                   there (CUDA_HOME, where it is not found), linked and imported; needs no GPU
+# make gpu-check    on a machine with a GPU: the extension against the torch of GPU_PYTHON, and the tests that need a GPU
+
+CUDA_TORCH ?= 2.11.0
+CUDA_ARCHS ?= 8.0;9.0;10.0
+GPU_PYTHON ?= python3
+CUDA_VENV  := build/cuda-venv
+
+$(CUDA_VENV)/.installed-torch-$(CUDA_TORCH):
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet "torch==$(CUDA_TORCH)"
+	$(CUDA_VENV)/bin/python -m pip install --quiet "setuptools>=77,<82" ninja
+	touch $@
+
+cuda-build: $(CUDA_VENV)/.installed-torch-$(CUDA_TORCH)
+	FASTOPT_BUILD=cuda TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" MAX_JOBS=$(JOBS) \
+		$(CUDA_VENV)/bin/python setup.py --quiet build --build-base build/cuda --build-lib build/cuda/lib
+	cd build/cuda/lib && $(abspath $(CUDA_VENV))/bin/python -m fastopt info
+
+gpu-check:
+	FASTOPT_BUILD=cuda $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PYTHON) -m pytest -p no:cacheprovider tests/gpu
 
 clean:
 	rm -rf build dist *.egg-info fastopt/*.so $(EXTENSION) $(VENV)

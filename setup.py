@@ -18,8 +18,12 @@ from setuptools import Extension, setup
 CHOICES = ("auto", "cpu", "cuda", "none")
 
 
-def sources() -> list[str]:
-    found = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]  # the last: one rule for rounding, on host and device
+
+
+def sources(with_cuda: bool) -> list[str]:
+    kinds = (".cpp", ".cu") if with_cuda else (".cpp",)
+    found = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in kinds)
     if not found:
         raise RuntimeError("no sources: csrc/ is not there")
     return found
@@ -41,15 +45,13 @@ def extension(choice: str) -> Extension:
     compiler = os.environ.get("CXX") or "c++"
     if shutil.which(compiler.split()[0]) is None:
         raise RuntimeError(f"no C++ compiler: {compiler!r} is not on PATH")
-    cuda = cpp_extension.CUDA_HOME is not None and torch.version.cuda is not None
-    if choice == "cuda" and not cuda:
-        raise RuntimeError(
-            f"no CUDA build: torch.version.cuda is {torch.version.cuda}, nvcc in {cpp_extension.CUDA_HOME}"
-        )
-    with_cuda = cuda and choice != "cpu"
+    missing = missing_for_cuda()
+    if choice == "cuda" and missing:
+        raise RuntimeError(f"no CUDA build: {missing}")
+    with_cuda = choice != "cpu" and not missing
     print(
         f"fastopt: building the extension for {'CUDA and CPU' if with_cuda else 'the CPU'}: FASTOPT_BUILD={choice}, "
-        f"torch {torch.__version__} built for CUDA {torch.version.cuda}, CUDA toolkit in {cpp_extension.CUDA_HOME}"
+        f"torch {torch.__version__}, {f'no CUDA as {missing}' if missing else f'CUDA in {cpp_extension.CUDA_HOME}'}"
     )
     # -fopenmp while compiling only: at::parallel_for needs the pragmas, and torch brings the one OpenMP runtime.
     flags = ["-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-O3", "-g0"]
@@ -58,9 +60,24 @@ def extension(choice: str) -> Extension:
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     return kind(
         "fastopt._C",
-        sources(),
-        extra_compile_args={"cxx": flags + ["-DFASTOPT_WITH_CUDA"] * with_cuda},
+        sources(with_cuda),
+        extra_compile_args={"cxx": flags + ["-DFASTOPT_WITH_CUDA"] * with_cuda, "nvcc": NVCC_FLAGS},
     )
+
+
+def missing_for_cuda() -> str:
+    """Why there can be no CUDA, or nothing where there can."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return "torch.version.cuda is None"
+    if CUDA_HOME is None:
+        return "there is no nvcc, and no CUDA_HOME"
+    # torch takes the folder above nvcc's, which is another one where the nvcc on PATH is a script that calls it.
+    if not (Path(CUDA_HOME) / "include" / "cuda_runtime.h").exists():
+        return f"{CUDA_HOME} has no include/cuda_runtime.h; CUDA_HOME says where the toolkit is"
+    return ""
 
 
 def build_options() -> dict:

@@ -13,8 +13,9 @@ def copy_(dsts: Iterable[torch.Tensor], srcs: Iterable[torch.Tensor], *, non_blo
     """Copy each source into its destination, as `dst.copy_(src)` does, in one batched call.
 
     Any mix of dtypes, strides and devices. The values are those of `dst.copy_(src)`, to the bit for what is not NaN;
-    the destinations' version counters move as with it. Plain CPU tensors are copied by all threads together; other
-    pairs one by one through torch, before those.
+    the destinations' version counters move as with it. Plain CPU tensors are copied by all threads together, plain
+    tensors of one GPU by a launch for a thousand of them, on its current stream; other pairs one by one through torch,
+    before those.
 
     Args:
         dsts: tensors to write.

@@ -1,4 +1,4 @@
-"""csrc/core compiled and run by itself: without torch, without Python, under sanitizers."""
+"""csrc/core, and what in csrc/cuda needs no CUDA, compiled and run by themselves: without torch, without Python, under sanitizers."""
 
 import os
 import re
@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "csrc" / "core"
-TESTS = ROOT / "tests" / "core"
+CUDA = ROOT / "csrc" / "cuda"
+TESTS = (ROOT / "tests" / "core", ROOT / "tests" / "cuda")
 FLAGS = (
     "-std=c++20",
     "-Wall",
@@ -35,9 +36,9 @@ def run(command: list[str], **variables: str) -> str:
 def test_the_core_alone_under(sanitizers: str, part: str, tmp_path: Path) -> None:
     program = str(tmp_path / "core_test")
     compiler = os.environ.get("CXX", "g++").split()
-    sources = [str(path) for folder in (CORE, TESTS) for path in sorted(folder.glob("*.cpp"))]
+    sources = [str(path) for folder in (CORE, CUDA, *TESTS) for path in sorted(folder.glob("*.cpp"))]
     checks = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    run([*compiler, *FLAGS, *checks, f"-I{CORE}", *sources, "-o", program])
+    run([*compiler, *FLAGS, *checks, f"-I{CORE}", f"-I{CUDA}", f"-I{TESTS[0]}", *sources, "-o", program])
     output = run([program, part], UBSAN_OPTIONS="print_stacktrace=1", TSAN_OPTIONS="halt_on_error=1")
     passed = [line.split()[1] for line in output.splitlines() if line.startswith("ok ")]
     expected = [name for name in declared_tests() if part in name]
@@ -46,5 +47,5 @@ def test_the_core_alone_under(sanitizers: str, part: str, tmp_path: Path) -> Non
 
 
 def declared_tests() -> list[str]:
-    code = "".join(path.read_text() for path in sorted(TESTS.glob("*.cpp")))
+    code = "".join(path.read_text() for path in sorted((p for f in TESTS for p in f.glob("*.cpp")), key=lambda path: path.name))
     return re.findall(r"^void (test_\w+)\(", code, flags=re.MULTILINE)

@@ -43,8 +43,7 @@ at::Tensor new_tensor(ResultMemory& memory, size_t bytes, const at::Tensor& like
   }
 }
 
-// A copy between tensors whose elements stand in the same order in memory.
-Job job_between(const at::Tensor& dst, const at::Tensor& src, CastDTypes dtypes) {
+Job job_of(const at::Tensor& dst, const at::Tensor& src, CastDTypes dtypes) {
   const int64_t count = dtypes.src == DType::Byte ? src.numel() * src.element_size() : src.numel();
   return {src.const_data_ptr(), dst.mutable_data_ptr(), count, dtypes.src, dtypes.dst};
 }
@@ -61,6 +60,12 @@ void over_torch_threads(int64_t tasks, const std::function<void(int64_t)>& task)
 
 bool is_dense(const at::Tensor& tensor) {
   return tensor.is_non_overlapping_and_dense();
+}
+
+Job job_between(const at::Tensor& dst, const at::Tensor& src) {
+  const auto dtypes = cast_dtypes(src.scalar_type(), dst.scalar_type());
+  TORCH_CHECK(dtypes, "no kernel from ", src.scalar_type(), " to ", dst.scalar_type());
+  return job_of(dst, src, *dtypes);
 }
 
 Batch::Batch() : kernels_(kernels()) {}
@@ -86,7 +91,7 @@ py::object Batch::cast(py::handle src, at::ScalarType dtype) {
   if (!to.defined()) {
     return {};
   }
-  const Job job = job_between(to, from, *dtypes);
+  const Job job = job_of(to, from, *dtypes);
   return add(job, src, std::move(to));
 }
 
@@ -103,11 +108,7 @@ py::object Batch::clone(py::handle src) {
 }
 
 void Batch::copy(py::handle dst, py::handle src) {
-  const at::Tensor& to = THPVariable_Unpack(dst.ptr());
-  const at::Tensor& from = THPVariable_Unpack(src.ptr());
-  const auto dtypes = cast_dtypes(from.scalar_type(), to.scalar_type());
-  TORCH_CHECK(dtypes, "no kernel from ", from.scalar_type(), " to ", to.scalar_type());
-  jobs_.push_back(job_between(to, from, *dtypes));
+  jobs_.push_back(job_between(THPVariable_Unpack(dst.ptr()), THPVariable_Unpack(src.ptr())));
   hold(src);
   hold(dst);
 }

@@ -53,6 +53,9 @@ class Batch {
   std::vector<PyObject*> held_;
 };
 
+// The job of `dst.copy_(src)`, under the conditions of Batch::copy. Throws c10::Error where there is no kernel.
+Job job_between(const at::Tensor& dst, const at::Tensor& src);
+
 // Dense memory without gaps or overlap: element i of the memory is one element of the tensor.
 bool is_dense(const at::Tensor& tensor);
 

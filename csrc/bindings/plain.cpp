@@ -41,11 +41,7 @@ bool has_attributes(PyObject* object) {
   return dict != nullptr && *dict != nullptr && PyDict_GET_SIZE(*dict) > 0;
 }
 
-}  // namespace
-
-bool is_plain(const at::Tensor& tensor) {
-  constexpr c10::DispatchKeySet ordinary({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                                          c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView});
+bool is_plain_among(const at::Tensor& tensor, c10::DispatchKeySet ordinary) {
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   // Raw bits: DispatchKeySet's own difference ignores the backend, and so would pass a meta tensor.
   if ((impl->key_set().raw_repr() & ~ordinary.raw_repr()) != 0 || !impl->has_storage() || !fits_its_storage(*impl)) {
@@ -56,6 +52,20 @@ bool is_plain(const at::Tensor& tensor) {
   }
   const torch::autograd::AutogradMeta* autograd = torch::autograd::impl::get_autograd_meta(tensor);
   return autograd == nullptr || autograd->fw_grad_ == nullptr;
+}
+
+}  // namespace
+
+bool is_plain(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet ordinary({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                          c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView});
+  return is_plain_among(tensor, ordinary);
+}
+
+bool is_plain_cuda(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet ordinary({c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA,
+                                          c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
+  return is_plain_among(tensor, ordinary);
 }
 
 bool has_only_its_storage(PyObject* object, const at::Tensor& tensor) {

@@ -12,12 +12,13 @@ namespace fastopt {
 
 // Note [Plain tensors]
 // The native path reads and writes memory directly, so it takes only tensors for which that is all there is to a copy:
-// strided CPU memory that is there, no pending conjugation or negation, no gradient to record, no batching or
-// functionalisation by a transform. The dispatch keys say most of this at once: any key beyond those of an ordinary CPU
-// tensor means that some handler wants to see the operation. Callers ask besides for the exact Python type, as a
-// subclass may have its own ideas, and for dense strides where they need them. Whatever is not provably plain goes to
-// the Python rules, which ask torch.
-bool is_plain(const at::Tensor& tensor);
+// strided memory that is there, of the CPU or of a GPU, no pending conjugation or negation, no gradient to record, no
+// batching or functionalisation by a transform. The dispatch keys say most of this at once: any key beyond those of an
+// ordinary tensor of that device means that some handler wants to see the operation. Callers ask besides for the exact
+// Python type, as a subclass may have its own ideas, and for dense strides where they need them. Whatever is not
+// provably plain goes to the Python rules, which ask torch.
+bool is_plain(const at::Tensor& tensor);       // on the CPU
+bool is_plain_cuda(const at::Tensor& tensor);  // on a GPU
 
 // Whether a plain tensor has nothing that a deep copy would carry over besides the storage: no gradient, no Python
 // attributes, and a storage that no other tensor uses.

@@ -10,6 +10,7 @@
 
 #include "batch.h"
 #include "bindings.h"
+#include "device.h"
 #include "plain.h"
 
 namespace py = pybind11;
@@ -73,8 +74,24 @@ bool may_overlap(std::vector<Interval> dsts, std::vector<Interval> srcs) {
 }
 
 // In place, an inference tensor is writable only in inference mode: torch's to refuse.
-bool is_plain_destination(const at::Tensor& tensor) {
-  return is_plain(tensor) && (!tensor.is_inference() || c10::InferenceMode::is_enabled());
+bool is_writable(const at::Tensor& tensor) {
+  return !tensor.is_inference() || c10::InferenceMode::is_enabled();
+}
+
+enum class Path { Cpu, Device, Torch };
+
+// Who copies one plain entry into another.
+Path path_of(const at::Tensor& dst, const at::Tensor& src) {
+  if (!is_writable(dst) || !cast_dtypes(src.scalar_type(), dst.scalar_type())) {
+    return Path::Torch;
+  }
+  if (is_plain(dst) && is_plain(src)) {
+    return same_memory_order(dst, src) ? Path::Cpu : Path::Torch;
+  }
+  if (is_plain_cuda(dst) && is_plain_cuda(src) && DeviceBatch::takes(dst, src)) {
+    return same_memory_order(dst, src) ? Path::Device : Path::Torch;
+  }
+  return Path::Torch;
 }
 
 }  // namespace
@@ -84,6 +101,7 @@ bool is_plain_destination(const at::Tensor& tensor) {
 // overlap.
 bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& leave) {
   std::vector<std::pair<py::handle, py::handle>> pairs;  // kept alive by the lists
+  std::vector<std::pair<py::handle, py::handle>> device_pairs;
   std::vector<py::handle> written;
   std::vector<Interval> dst_memory;
   std::vector<Interval> src_memory;
@@ -112,15 +130,14 @@ bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& 
     if (src_bytes && !itself) {
       src_memory.push_back(*src_bytes);
     }
-    const bool native = is_plain_destination(dst) && is_plain(src) && same_memory_order(dst, src) &&
-                        cast_dtypes(src.scalar_type(), dst.scalar_type());
-    if (!native) {
+    const Path path = path_of(dst, src);
+    if (path == Path::Torch) {
       left.append(i);
       continue;
     }
     written.push_back(dst_object);
     if (!itself) {
-      pairs.emplace_back(dst_object, src_object);
+      (path == Path::Cpu ? pairs : device_pairs).emplace_back(dst_object, src_object);
     }
   }
   if (may_overlap(std::move(dst_memory), std::move(src_memory))) {
@@ -133,9 +150,14 @@ bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& 
   for (const auto& [dst, src] : pairs) {
     batch.copy(dst, src);
   }
+  DeviceBatch device_batch;
+  for (const auto& [dst, src] : device_pairs) {
+    device_batch.copy(THPVariable_Unpack(dst.ptr()), THPVariable_Unpack(src.ptr()));
+  }
   for (const py::handle dst : written) {
     THPVariable_Unpack(dst.ptr()).unsafeGetTensorImpl()->bump_version();
   }
+  device_batch.run();  // first: the device works while the CPU does
   batch.run();
   return true;
 }

@@ -14,19 +14,19 @@
 
 namespace fastopt {
 
-static inline float to_float(float value) {
+static constexpr float to_float(float value) {
   return value;
 }
 
-static inline float to_float(double value) {
+static constexpr float to_float(double value) {
   return static_cast<float>(value);
 }
 
-static inline float to_float(bfloat16 value) {
+static constexpr float to_float(bfloat16 value) {
   return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
 }
 
-static inline float to_float(float16 value) {
+static constexpr float to_float(float16 value) {
   constexpr uint32_t exponent_mask = 0x7c00u << 13;
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
   const uint32_t exponent = magnitude & exponent_mask;
@@ -39,22 +39,22 @@ static inline float to_float(float16 value) {
   return std::bit_cast<float>(result | static_cast<uint32_t>(value.bits & 0x8000u) << 16);
 }
 
-static inline void from_float(float value, float& out) {
+static constexpr void from_float(float value, float& out) {
   out = value;
 }
 
-static inline void from_float(float value, double& out) {
+static constexpr void from_float(float value, double& out) {
   out = static_cast<double>(value);
 }
 
-static inline void from_float(float value, bfloat16& out) {
+static constexpr void from_float(float value, bfloat16& out) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   out.bits = static_cast<uint16_t>(nan ? 0x7fc0u : rounded);
 }
 
-static inline void from_float(float value, float16& out) {
+static constexpr void from_float(float value, float16& out) {
   constexpr uint32_t subnormal_magic = 126u << 23;  // 0.5f: adding it leaves the rounded subnormal in the low bits
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t sign = bits & 0x80000000u;

@@ -1,5 +1,5 @@
-// Tests of csrc/core by itself; `tests/test_core.py` compiles them with AddressSanitizer and with ThreadSanitizer, and
-// runs them.
+// Tests of csrc/core, and of what in csrc/cuda needs no CUDA, by themselves; `tests/test_core.py` compiles them with
+// AddressSanitizer and with ThreadSanitizer, and runs them.
 #include <cstdio>
 #include <exception>
 #include <string_view>
@@ -13,7 +13,7 @@ int main(int count, char** arguments) {
   const std::string_view part = count > 1 ? arguments[1] : "";
   int failures = 0;
   for (const auto& tests : {core_test::cpu_target_tests(), core_test::cutting_tests(), core_test::kernels_tests(),
-                            core_test::slab_tests()}) {
+                            core_test::launches_tests(), core_test::slab_tests()}) {
     for (const Test& test : tests) {
       if (std::string_view(test.name).find(part) == std::string_view::npos) {
         continue;
