@@ -12,11 +12,12 @@ def cast_state(
     saved_state: dict[Any, Any],
     id_map: dict[Any, torch.Tensor],
     hosted_on_device: Set[Any] | None,
+    rule_of: Callable[[Any], tuple[Any, Any]] | None,
     memo: dict[int, Any] | None,
     state: defaultdict[Any, Any],
 ) -> (
     tuple[
-        list[tuple[Any, Any, torch.Tensor | None, Any, Any, Any]],
+        list[tuple[Any, Any, torch.Tensor | None, Any, Any, Any, Any]],
         list[tuple[torch.dtype, torch.dtype, int, int, int]],
         int,
         int,

@@ -16,6 +16,7 @@ from fastopt.backends import current, python
 from fastopt.backends.interface import Backend, Group
 from fastopt.containers import is_leaf, rebuilt
 from fastopt.errors import describe_parameter, describe_tensor
+from fastopt.policy import Policy, is_step
 from fastopt.report import LoadReport
 
 
@@ -25,47 +26,53 @@ class Cast:
     The native backend does the same for plain tensors in plain dicts, and asks here for everything else.
     """
 
-    def __init__(self, groups: Sequence[Group], saved_groups: list[Group], copy: bool) -> None:
+    def __init__(
+        self, groups: Sequence[Group], saved_groups: list[Group], copy: bool, policy: Policy | None = None
+    ) -> None:
         self.groups = groups
         self.saved_groups = saved_groups
         self.memo: dict[int, Any] | None = {} if copy else None
         self.hosted_on_device = ids_with_step_on_device(saved_groups)
+        self.policy = policy or Policy()
         self.policy_stands = is_torchs_own(Optimizer._process_value_according_to_param_policy)
         self.backend: Backend = current() if self.policy_stands else python
+        self.rule_of = None if self.policy.is_reference else self.policy.rule
         self.report = LoadReport(self.backend.name)
 
-    def entry(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None) -> Any:
-        """The whole state of a parameter, or its value under `key`."""
+    def entry(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None, state_key: Any = None) -> Any:
+        """The whole state of a parameter, or the value under `key` within what stands under `state_key`."""
         try:
-            return self(param, value, saved_id, key)
+            return self(param, value, saved_id, key, state_key)
         except Exception as error:
             error.add_note(f"while loading the state of {describe_parameter(param, saved_id, self.groups)}")
             raise
 
-    def __call__(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None) -> Any:
-        """Cast a value of any type; containers are rebuilt around the values they hold."""
+    def __call__(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None, state_key: Any = None) -> Any:
+        """Cast a value of any type; containers are rebuilt around the values they hold.
+
+        `key` is the value's own, `state_key` that of the parameter's state which the value stands under, at any depth.
+        """
         if isinstance(value, torch.Tensor):
-            return self.tensor(param, value, saved_id, key)
+            return self.tensor(param, value, saved_id, key, state_key)
         if isinstance(value, dict):
-            return {self.keep(k): self(param, v, saved_id, k) for k, v in value.items()}
+            return {
+                self.keep(k): self(param, v, saved_id, k, k if state_key is None else state_key)
+                for k, v in value.items()
+            }
         if is_leaf(value):
             return self.keep(value)
         if isinstance(value, Iterable):
             # Items have no key, not even that of their container: a "step" in a list is cast like any tensor.
-            return rebuilt(value, (self(param, item, saved_id) for item in value))
+            return rebuilt(value, (self(param, item, saved_id, None, state_key) for item in value))
         return self.keep(value)
 
-    def tensor(self, param: torch.Tensor, value: torch.Tensor, saved_id: Any, key: Any) -> torch.Tensor:
+    def tensor(self, param: torch.Tensor, value: torch.Tensor, saved_id: Any, key: Any, state_key: Any) -> torch.Tensor:
         """Cast a tensor to the dtype and device that its parameter and its key ask for."""
         try:
-            if not self.policy_stands:
+            if not self.policy_stands and self.policy.is_reference:
                 return self.tensor_by_patched_policy(param, value, saved_id, key)
-            if key == "step":
-                hosted = saved_id in self.hosted_on_device
-                return self.to(value, {"dtype": torch.float32, "device": param.device} if hosted else {})
-            if param.is_floating_point():
-                return self.to(value, {"dtype": param.dtype, "device": param.device})
-            return self.to(value, {"device": param.device})
+            rule = self.policy.rule(key if is_step(key) else state_key)
+            return self.to(value, rule.options(param, value, saved_id in self.hosted_on_device))
         except Exception as error:
             place = "a value without a key" if key is None else f"key {key!r}"
             error.add_note(f"at {place}: {describe_tensor(value)}")

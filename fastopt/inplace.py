@@ -30,7 +30,7 @@ class CastInPlace(Cast):
         self.partners: dict[int, torch.Tensor] = {}
         """The saved tensor of each held one, by its identity."""
 
-    def __call__(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None) -> Any:
+    def __call__(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None, state_key: Any = None) -> Any:
         """The new state of a parameter, around the tensors of its present one.
 
         Raises:

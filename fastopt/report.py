@@ -39,6 +39,8 @@ class LoadReport:
     """Indices of the optimizer's parameters for which the dict holds no state."""
     unexpected: list[Any] = field(default_factory=list)
     """Keys of the saved state that belong to no parameter; they are kept, as torch keeps them."""
+    unused_patterns: list[str] = field(default_factory=list)
+    """Keys and patterns of `policy` and `device` that fitted no key of the state."""
     emptied: int = 0
     """Tensors whose values are gone, as they went to parameters on the meta device."""
 
@@ -85,6 +87,8 @@ class LoadReport:
             lines.append(f"  no state for {_counted(len(self.missing), 'parameter')}: {indices} {_some(self.missing)}")
         if self.unexpected:
             lines.append(f"  state of no parameter, kept: {_some(self.unexpected)}")
+        if self.unused_patterns:
+            lines.append(f"  no key of the state fits {_some(self.unused_patterns)}, given in policy or device")
         if self.emptied:
             lines.append(f"  values lost to parameters on the meta device: {_counted(self.emptied, 'tensor')}")
         return "\n".join(lines)

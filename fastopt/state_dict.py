@@ -23,6 +23,7 @@ from fastopt.casting import Cast
 from fastopt.collector import paused_collector
 from fastopt.errors import note_wrong_arguments
 from fastopt.inplace import CastInPlace
+from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import LoadReport
 
 StateDict = dict[str, Any]
@@ -62,7 +63,13 @@ def pack_group(group: Group, indices: list[int]) -> Group:
 
 
 def load_state_dict(
-    optimizer: Optimizer, state_dict: StateDict, *, copy: bool = True, inplace: bool = False
+    optimizer: Optimizer,
+    state_dict: StateDict,
+    *,
+    copy: bool = True,
+    policy: DTypes | None = None,
+    device: Devices = "param",
+    inplace: bool = False,
 ) -> LoadReport:
     """Load a state into an optimizer as `torch.optim.Optimizer.load_state_dict` does.
 
@@ -74,6 +81,14 @@ def load_state_dict(
         state_dict: what `state_dict` returned, with as many groups and parameters as the optimizer has. Not changed.
         copy: whether a tensor that needs no cast is copied. True: the optimizer shares no memory with `state_dict`, as
             if it had been deep-copied first. False: it takes over the same tensor objects, as torch does.
+        policy: the dtypes that state gets. `"reference"`, as None: that of a floating parameter, for floating state and
+            other. `"keep"`: the saved one. `"float-only"`: as the reference, but for floating state alone, so that the
+            integers of a quantized optimizer stay. A floating dtype: that one for floating state, the saved one for
+            other. Or a dict of these by key of a parameter's state: its name, or a pattern (`fnmatch`, the first that
+            fits); where none fits, the reference holds. Each value is rounded once, from the saved dtype to the final
+            one. `step` follows the reference unless the dict names `"step"` itself.
+        device: the device that state goes to. `"param"`: its parameter's, as in the reference. `"keep"`: the one it is
+            on. Or a device, or a dict of these as for `policy`.
         inplace: whether the values go into the tensors that the optimizer already holds, which stay the objects, and in
             the memory, that they are; each keeps its dtype and device. Nothing is allocated, and nothing is shared.
 
@@ -83,6 +98,8 @@ def load_state_dict(
     Raises:
         ValueError: the number of groups, or the size of one, differs.
         KeyError: `"state"`, `"param_groups"` or a group's `"params"` is missing.
+        ValueError: `policy` has no such rule, or a dtype that is not floating; or `policy` or `device` is given with
+            `inplace`, where each tensor has its dtype and device already.
         ValueError: with `inplace`, the optimizer holds no tensor of the shape in a saved tensor's place, or two places
             hold overlapping ones.
         Exception: whatever torch raises for a value that it cannot cast, with a note that names parameter and key.
@@ -96,15 +113,22 @@ def load_state_dict(
             stacklevel=2,
         )
     try:
-        return load(optimizer, state_dict, copy=copy, inplace=inplace)
+        return load(optimizer, state_dict, copy=copy, policy=Policy(policy, device), inplace=inplace)
     except Exception as error:
         note_wrong_arguments(error, optimizer, state_dict)
         raise
 
 
-def load(optimizer: Optimizer, state_dict: StateDict, *, copy: bool, inplace: bool = False) -> LoadReport:
+def load(
+    optimizer: Optimizer, state_dict: StateDict, *, copy: bool, policy: Policy | None = None, inplace: bool = False
+) -> LoadReport:
     """`load_state_dict` for callers that know which method of the optimizer they stand for."""
     started = time.perf_counter()
+    policy = policy or Policy()
+    if inplace and not policy.is_reference:
+        raise ValueError(
+            "inplace: the tensors to fill have their dtypes and devices; policy and device cannot be given"
+        )
 
     state_dict = state_dict.copy()  # any mapping that can be copied, as in torch
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
@@ -120,9 +144,10 @@ def load(optimizer: Optimizer, state_dict: StateDict, *, copy: bool, inplace: bo
         cast = (
             CastInPlace(groups, state_dict["param_groups"], optimizer.state)
             if inplace
-            else Cast(groups, state_dict["param_groups"], copy)
+            else Cast(groups, state_dict["param_groups"], copy, policy)
         )
         state = cast.backend.cast_state(state_dict["state"], params, cast)
+        cast.report.unused_patterns = policy.unused()
         cast.report.missing = missing_indices(state, groups, len(cast.report.unexpected))
 
         new_groups = [update_group(group, saved) for group, saved in zip(groups, saved_groups, strict=True)]

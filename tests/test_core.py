@@ -1,4 +1,4 @@
-"""csrc/core, and what in csrc/cuda needs no CUDA, compiled and run by themselves: without torch, without Python, under sanitizers."""
+"""csrc/core, and what needs no CUDA of csrc/cuda, compiled and run without torch and Python, under sanitizers."""
 
 import os
 import re
@@ -47,5 +47,7 @@ def test_the_core_alone_under(sanitizers: str, part: str, tmp_path: Path) -> Non
 
 
 def declared_tests() -> list[str]:
-    code = "".join(path.read_text() for path in sorted((p for f in TESTS for p in f.glob("*.cpp")), key=lambda path: path.name))
+    code = "".join(
+        path.read_text() for path in sorted((p for f in TESTS for p in f.glob("*.cpp")), key=lambda path: path.name)
+    )
     return re.findall(r"^void (test_\w+)\(", code, flags=re.MULTILINE)

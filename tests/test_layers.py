@@ -18,7 +18,7 @@ PYTHON_LAYERS = (
     ("fastopt.batch", "fastopt.state_dict"),
     ("fastopt.inplace",),
     ("fastopt.casting",),
-    ("fastopt.report",),
+    ("fastopt.policy", "fastopt.report"),
     ("fastopt.backends",),
     ("fastopt.backends.native",),
     ("fastopt.backends.python",),

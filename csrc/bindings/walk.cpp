@@ -15,6 +15,7 @@
 #include "bindings.h"
 #include "entries.h"
 #include "plain.h"
+#include "rules.h"
 
 namespace py = pybind11;
 
@@ -56,8 +57,8 @@ bool is_tensor_and_no_parameter(PyObject* object) {
 
 class Walk {
  public:
-  Walk(const py::object& hosted_on_device, const py::object& memo, const py::dict& state)
-      : hosted_on_device_(hosted_on_device), memo_(memo), state_(state) {}
+  Walk(const py::object& hosted_on_device, const py::object& rule_of, const py::object& memo, const py::dict& state)
+      : hosted_on_device_(hosted_on_device), memo_(memo), state_(state), rules_(rule_of) {}
 
   void visit(const Entry& entry) {
     saved_id_ = entry.item.key;
@@ -73,10 +74,8 @@ class Walk {
     py::object result;
     if (THPVariable_CheckExact(param_.ptr())) {
       const at::Tensor& tensor = THPVariable_Unpack(param_.ptr());
-      param_dtype_ = tensor.scalar_type();
-      to_floating_ = at::isFloatingType(param_dtype_);
-      hosted_ = is_hosted_on_device(saved_id_);
-      if (tensor.device().is_cpu()) {
+      target_ = {tensor.scalar_type(), tensor.device().is_cpu(), is_hosted_on_device(saved_id_)};
+      if (target_.is_on_cpu || !rules_.are_reference()) {
         result = entry.is_dict ? cast_dict(entry.items, entry.item.sole) : cast(entry.item, /*sole=*/true);
       }
     }
@@ -146,12 +145,19 @@ class Walk {
 
   py::object cast_dict(std::span<const Item> items, bool sole) {
     py::dict result;
+    const bool is_state = state_key_.is_none();
     for (const Item& item : items) {
+      if (is_state) {
+        state_key_ = item.key;
+      }
       py::object cast_item = cast(item, sole);
       check(PyDict_SetItem(result.ptr(), item.key.ptr(), cast_item ? cast_item.ptr() : Py_None));
       if (!cast_item) {
         defer(result, item.key, item.value, item.key);
       }
+    }
+    if (is_state) {
+      state_key_ = py::none();
     }
     return result;
   }
@@ -171,14 +177,12 @@ class Walk {
 
   py::object cast_tensor(const Item& item, bool sole) {
     const at::Tensor& tensor = THPVariable_Unpack(item.value.ptr());
-    at::ScalarType dtype = to_floating_ ? param_dtype_ : tensor.scalar_type();
-    if (item.key && is_step(item.key.ptr())) {
-      dtype = hosted_ ? at::kFloat : tensor.scalar_type();
-    }
+    const Rule& rule = rules_.at(state_key_, item.key && is_step(item.key.ptr()));
     // Outside of grad mode a tensor that requires grad is plain to a cast, but not to the deep copy that comes first.
-    if (!is_plain(tensor) || (!memo_.is_none() && tensor.requires_grad())) {
+    if (!is_plain(tensor) || (!memo_.is_none() && tensor.requires_grad()) || !rule.stays_on_cpu(target_)) {
       return {};
     }
+    const at::ScalarType dtype = rule.dtype(tensor.scalar_type(), target_);
     if (dtype != tensor.scalar_type()) {
       py::object result = batch_.cast(item.value, dtype);
       if (result) {
@@ -231,9 +235,10 @@ class Walk {
     }
   }
 
-  // `key` is the value's own key for the step rule, which an item of a list and an entry as a whole do not have.
+  // `key` is the value's own key for the step rule, which an item of a list and an entry as a whole do not have. An
+  // entry as a whole has no state key either.
   void defer(const py::object& container, const py::object& slot, const py::object& value, const py::object& key) {
-    deferred_.append(py::make_tuple(container, slot, param_, value, saved_id_, key));
+    deferred_.append(py::make_tuple(container, slot, param_, value, saved_id_, key, state_key_));
   }
 
   const py::object& hosted_on_device_;
@@ -243,11 +248,11 @@ class Walk {
   // The entry being walked.
   py::object saved_id_;
   py::object param_;
-  at::ScalarType param_dtype_ = at::kFloat;
-  bool to_floating_ = false;
-  bool hosted_ = false;
-  size_t depth_ = 0;  // of containers around the value being cast
+  Target target_;
+  py::object state_key_ = py::none();  // of what stands in the parameter's state, at any depth
+  size_t depth_ = 0;                   // of containers around the value being cast
 
+  Rules rules_;
   Batch batch_;
   py::list deferred_;
   std::map<DTypes, Tally> tallies_;
@@ -259,14 +264,15 @@ class Walk {
 }  // namespace
 
 // saved_state: the saved dict's "state", an exact dict. id_map: saved id -> parameter. hosted_on_device: the saved ids
-// whose step belongs on the parameter's device in float32, or None. memo: copy.deepcopy's memo for copy=True, or None.
-// state: the new state, filled here.
+// whose step belongs on the parameter's device in float32, or None. rule_of: state key -> rule, or None. memo:
+// copy.deepcopy's memo for copy=True, or None. state: the new state, filled here.
 // -> (deferred, counts, tensors copied, tensors shared), or None where the whole walk is Python's (LeftToPython).
-//    deferred: (container, slot, parameter or None, value, saved id, key or None) for each value put off.
+//    deferred: (container, slot, parameter or None, value, saved id, key or None, state key or None) for each value put
+//    off.
 //    counts: (from dtype, to dtype, tensors, bytes read, bytes written), copies without a cast included.
 py::object cast_state(const py::dict& saved_state, const py::dict& id_map, const py::object& hosted_on_device,
-                      const py::object& memo, const py::dict& state) {
-  Walk walk(hosted_on_device, memo, state);
+                      const py::object& rule_of, const py::object& memo, const py::dict& state) {
+  Walk walk(hosted_on_device, rule_of, memo, state);
   try {
     EntryReader reader(saved_state, id_map);
     for (auto entries = reader.next(); !entries.empty(); entries = reader.next()) {

@@ -1,7 +1,7 @@
 """What the native and the pure-Python backend both offer, and what they ask of the rules."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Protocol
 
 import torch
@@ -17,11 +17,17 @@ class Rules(Protocol):
     """The memo of `copy.deepcopy` where the optimizer must share nothing with the saved dict; None where it may."""
 
     @property
+    def rule_of(self) -> Callable[[Any], tuple[Any, Any]] | None:
+        """State key -> (dtype, device) as `fastopt.policy.Rule` has them; None where the reference's rules hold."""
+
+    @property
     def hosted_on_device(self) -> Set[Any]:
         """Saved ids whose `step` belongs on the parameter's device, in float32."""
 
-    def entry(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None) -> Any:
-        """The value of a parameter's state under `key`, or its whole state; errors name the parameter."""
+    def entry(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None, state_key: Any = None) -> Any:
+        """The value under `key`, within what a parameter's state has under `state_key`, or its whole state; errors name
+        the parameter.
+        """
 
     def unclaimed(self, saved_id: Any, value: Any) -> Any:
         """The state under an id that belongs to no parameter."""

@@ -65,7 +65,12 @@ def test_many_small_tensors_of_mixed_dtypes(backend: str) -> None:
 
 
 def test_strided_tensors_and_tensors_of_the_cpu(backend: str) -> None:
-    srcs = [torch.rand(8, 6, device=GPU).t(), torch.rand(12), torch.rand(12, device=GPU), torch.rand(12, device=GPU)[::2]]
+    srcs = [
+        torch.rand(8, 6, device=GPU).t(),
+        torch.rand(12),
+        torch.rand(12, device=GPU),
+        torch.rand(12, device=GPU)[::2],
+    ]
     dsts = [
         torch.zeros(6, 8, device=GPU),
         torch.zeros(12, device=GPU),
