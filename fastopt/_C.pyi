@@ -12,7 +12,7 @@ def cast_state(
     saved_state: dict[Any, Any],
     id_map: dict[Any, torch.Tensor],
     hosted_on_device: Set[Any] | None,
-    rule_of: Callable[[Any], tuple[Any, Any]] | None,
+    rule_of: Callable[[Any, bool], tuple[Any, Any]] | None,
     memo: dict[int, Any] | None,
     state: defaultdict[Any, Any],
 ) -> (

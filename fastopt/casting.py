@@ -16,7 +16,7 @@ from fastopt.backends import current, python
 from fastopt.backends.interface import Backend, Group
 from fastopt.containers import is_leaf, rebuilt
 from fastopt.errors import describe_parameter, describe_tensor
-from fastopt.policy import Policy, is_step
+from fastopt.policy import Policy
 from fastopt.report import LoadReport
 
 
@@ -71,7 +71,7 @@ class Cast:
         try:
             if not self.policy_stands and self.policy.is_reference:
                 return self.tensor_by_patched_policy(param, value, saved_id, key)
-            rule = self.policy.rule(key if is_step(key) else state_key)
+            rule = self.policy.rule(state_key, is_step=isinstance(key, str) and key == "step")
             return self.to(value, rule.options(param, value, saved_id in self.hosted_on_device))
         except Exception as error:
             place = "a value without a key" if key is None else f"key {key!r}"

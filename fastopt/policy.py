@@ -62,37 +62,37 @@ class Policy:
         self.devices = by_pattern("device", devices, checked_device)
         self.is_reference = dtypes is None and isinstance(devices, str) and devices == "param"
         self.rules: dict[Any, Rule] = {}
+        self.step = Rule(self.dtypes.get("step", "step"), self.devices.get("step", "step"))
         self.used: set[str] = set()
 
-    def rule(self, key: Any) -> Rule:
-        """The rule for a key of a parameter's state; None, for a state that is no dict, is matched by `"*"` alone."""
-        found = self.rules.get(key)
+    def rule(self, state_key: Any, is_step: bool) -> Rule:
+        """The rule for a tensor.
+
+        Args:
+            state_key: the key of the parameter's state that it stands under, at any depth; None where the state is no
+                dict. What is no str is fitted by `"*"` alone.
+            is_step: whether its own key is `"step"`.
+        """
+        if is_step:
+            self.used.add("step")
+            return self.step
+        found = self.rules.get(state_key)
         if found is None:
-            dtype_of_step, device_of_step = ("step", "step") if is_step(key) else ("reference", "param")
-            found = Rule(self.find(self.dtypes, key, dtype_of_step), self.find(self.devices, key, device_of_step))
-            self.rules[key] = found
+            found = Rule(self.find(self.dtypes, state_key, "reference"), self.find(self.devices, state_key, "param"))
+            self.rules[state_key] = found
         return found
 
     def find(self, patterns: Mapping[str, Any], key: Any, default: str) -> Any:
-        """What the first pattern that fits says."""
-        for pattern in patterns if isinstance(key, str) else ():
-            if pattern == key:
-                self.used.add(pattern)
-                return patterns[pattern]
-        for pattern, value in patterns.items() if not is_step(key) else ():
-            if pattern == "*" or (isinstance(key, str) and fnmatchcase(key, pattern)):
-                self.used.add(pattern)
-                return value
-        return default
+        """What the name itself says, or else the first pattern that fits."""
+        named = isinstance(key, str)
+        fitting = [p for p in patterns if p == "*" or (named and (p == key or fnmatchcase(key, p)))]
+        fitting.sort(key=lambda pattern: pattern != key)
+        self.used.update(fitting[:1])
+        return patterns[fitting[0]] if fitting else default
 
     def unused(self) -> list[str]:
         """Patterns that no key of the state has needed, but for `"*"`: perhaps misspelled."""
         return [p for p in dict.fromkeys((*self.dtypes, *self.devices)) if p != "*" and p not in self.used]
-
-
-def is_step(key: Any) -> bool:
-    """Whether a tensor under this key counts steps."""
-    return isinstance(key, str) and key == "step"
 
 
 def by_pattern(option: str, given: Any, checked: Callable[[str, Any], Any]) -> dict[str, Any]:

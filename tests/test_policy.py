@@ -142,6 +142,13 @@ def test_keys_that_are_no_strings_are_fitted_by_the_star_alone():
     assert set(dtypes(load_value(value, policy="keep")).values()) == {F32}
 
 
+def test_in_a_list_there_is_no_step():
+    value = {"step": [torch.tensor(257.0)]}
+    assert dtypes(load_value(value)) == {"step": [BF16]}
+    assert dtypes(load_value(value, policy="keep")) == {"step": [F32]}
+    assert dtypes(load_value(value, policy={"step": F16, "*": "keep"})) == {"step": [F16]}
+
+
 def test_the_step_counts_on_whatever_the_patterns_say():
     for policy in (BF16, {"*": BF16}, {"s*": BF16, "?tep": F16}):
         step = load_value({"step": torch.tensor(257.0), "state": tensor(3)}, policy=policy)["step"]

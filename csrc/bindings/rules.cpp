@@ -84,7 +84,7 @@ bool Rule::stays_on_cpu(const Target& target) const {
 
 Rules::Rules(const py::object& rule_of) : rule_of_(rule_of), step_(Rule::for_step()) {
   if (!are_reference()) {
-    step_ = Rule(py::tuple(rule_of_("step")));
+    step_ = Rule(py::tuple(rule_of_("step", true)));
   }
 }
 
@@ -103,7 +103,7 @@ const Rule& Rules::ask(const py::object& state_key) {
   }
   Known& known = known_[oldest_];
   oldest_ = (oldest_ + 1) % known_.size();
-  known = {state_key, Rule(py::tuple(rule_of_(state_key)))};
+  known = {state_key, Rule(py::tuple(rule_of_(state_key, false)))};
   return known.rule;
 }
 

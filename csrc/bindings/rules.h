@@ -38,7 +38,7 @@ class Rule {
 
 class Rules {
  public:
-  // `rule_of`: state key -> rule, or None for the reference's.
+  // `rule_of`: state key, whether the own key is "step" -> rule; None for the reference's.
   explicit Rules(const pybind11::object& rule_of);
 
   bool are_reference() const { return rule_of_.is_none(); }

@@ -264,7 +264,7 @@ class Walk {
 }  // namespace
 
 // saved_state: the saved dict's "state", an exact dict. id_map: saved id -> parameter. hosted_on_device: the saved ids
-// whose step belongs on the parameter's device in float32, or None. rule_of: state key -> rule, or None. memo:
+// whose step belongs on the parameter's device in float32, or None. rule_of: as in rules.h. memo:
 // copy.deepcopy's memo for copy=True, or None. state: the new state, filled here.
 // -> (deferred, counts, tensors copied, tensors shared), or None where the whole walk is Python's (LeftToPython).
 //    deferred: (container, slot, parameter or None, value, saved id, key or None, state key or None) for each value put

@@ -17,8 +17,11 @@ class Rules(Protocol):
     """The memo of `copy.deepcopy` where the optimizer must share nothing with the saved dict; None where it may."""
 
     @property
-    def rule_of(self) -> Callable[[Any], tuple[Any, Any]] | None:
-        """State key -> (dtype, device) as `fastopt.policy.Rule` has them; None where the reference's rules hold."""
+    def rule_of(self) -> Callable[[Any, bool], tuple[Any, Any]] | None:
+        """State key, whether the tensor's own key is `"step"` -> (dtype, device), as `fastopt.policy.Rule` has them.
+
+        None where the reference's rules hold.
+        """
 
     @property
     def hosted_on_device(self) -> Set[Any]:
