@@ -4,17 +4,20 @@ from fastopt.backends import BackendInfo, backend
 from fastopt.batch import copy_, to
 from fastopt.patch import install, installed, uninstall
 from fastopt.report import LoadReport
+from fastopt.snapshot import Snapshot, snapshot
 from fastopt.state_dict import id_map, load_state_dict, state_dict
 
 __all__ = [
     "BackendInfo",
     "LoadReport",
+    "Snapshot",
     "backend",
     "copy_",
     "id_map",
     "install",
     "installed",
     "load_state_dict",
+    "snapshot",
     "state_dict",
     "to",
     "uninstall",

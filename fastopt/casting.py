@@ -27,9 +27,9 @@ class Cast:
     """
 
     def __init__(
-        self, groups: Sequence[Group], saved_groups: list[Group], copy: bool, policy: Policy | None = None
+        self, optimizer: Optimizer, saved_groups: list[Group], *, copy: bool, policy: Policy | None = None
     ) -> None:
-        self.groups = groups
+        self.groups: Sequence[Group] = optimizer.param_groups
         self.saved_groups = saved_groups
         self.memo: dict[int, Any] | None = {} if copy else None
         self.hosted_on_device = ids_with_step_on_device(saved_groups)

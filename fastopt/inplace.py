@@ -1,10 +1,11 @@
 """Loading into the tensors that an optimizer already holds."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from itertools import chain, repeat
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from fastopt.backends import current, python
 from fastopt.backends.interface import Group
@@ -19,10 +20,10 @@ class CastInPlace(Cast):
     What is no tensor becomes what it does in any load, and is copied.
     """
 
-    def __init__(self, groups: Sequence[Group], saved_groups: list[Group], held_state: Mapping[Any, Any]) -> None:
-        super().__init__(groups, saved_groups, copy=True)
+    def __init__(self, optimizer: Optimizer, saved_groups: list[Group]) -> None:
+        super().__init__(optimizer, saved_groups, copy=True)
         self.backend = python  # walks the state; the bytes, nearly all of the work, are for the backend in use
-        self.held_state = held_state
+        self.held_state: Mapping[Any, Any] = optimizer.state
         self.held: list[torch.Tensor] = []
         self.saved: list[torch.Tensor] = []
         self.places: list[tuple[torch.Tensor, Any, str]] = []

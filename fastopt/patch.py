@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from fastopt.casting import Cast
 from fastopt.state_dict import load
 from fastopt.state_dict import state_dict as fast_state_dict
 
@@ -49,7 +50,7 @@ def _state_dict(self: Optimizer) -> dict[str, Any]:
 
 
 def _load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
-    load(self, state_dict, copy=_installed is not None and _installed.copy)
+    load(self, state_dict, functools.partial(Cast, copy=_installed is not None and _installed.copy))
 
 
 _FAST: dict[str, Callable[..., Any]] = {"state_dict": _state_dict, "load_state_dict": _load_state_dict}

@@ -11,7 +11,8 @@ The optimizer changes in the last steps and not before: whatever fails earlier l
 import copy as copying
 import time
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import LoadReport
 
 StateDict = dict[str, Any]
+MakeCast = Callable[[Optimizer, list[Group]], Cast]
+"""An optimizer and the saved groups -> what casts its state."""
 
 
 def state_dict(optimizer: Optimizer) -> StateDict:
@@ -113,22 +116,18 @@ def load_state_dict(
             stacklevel=2,
         )
     try:
-        return load(optimizer, state_dict, copy=copy, policy=Policy(policy, device), inplace=inplace)
+        rules = Policy(policy, device)
+        if inplace and not rules.is_reference:
+            raise ValueError("inplace: the tensors to fill have their dtypes and devices; there is nothing to choose")
+        return load(optimizer, state_dict, CastInPlace if inplace else partial(Cast, copy=copy, policy=rules))
     except Exception as error:
         note_wrong_arguments(error, optimizer, state_dict)
         raise
 
 
-def load(
-    optimizer: Optimizer, state_dict: StateDict, *, copy: bool, policy: Policy | None = None, inplace: bool = False
-) -> LoadReport:
-    """`load_state_dict` for callers that know which method of the optimizer they stand for."""
+def load(optimizer: Optimizer, state_dict: StateDict, make_cast: MakeCast) -> LoadReport:
+    """`load_state_dict` by other rules, and for callers that know which method of the optimizer they stand for."""
     started = time.perf_counter()
-    policy = policy or Policy()
-    if inplace and not policy.is_reference:
-        raise ValueError(
-            "inplace: the tensors to fill have their dtypes and devices; policy and device cannot be given"
-        )
 
     state_dict = state_dict.copy()  # any mapping that can be copied, as in torch
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
@@ -141,13 +140,9 @@ def load(
         saved_groups = deepcopied(state_dict["param_groups"])
 
         params = id_map(saved_groups, groups)  # checks the groups first
-        cast = (
-            CastInPlace(groups, state_dict["param_groups"], optimizer.state)
-            if inplace
-            else Cast(groups, state_dict["param_groups"], copy, policy)
-        )
+        cast = make_cast(optimizer, state_dict["param_groups"])
         state = cast.backend.cast_state(state_dict["state"], params, cast)
-        cast.report.unused_patterns = policy.unused()
+        cast.report.unused_patterns = cast.policy.unused()
         cast.report.missing = missing_indices(state, groups, len(cast.report.unexpected))
 
         new_groups = [update_group(group, saved) for group, saved in zip(groups, saved_groups, strict=True)]

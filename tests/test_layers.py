@@ -15,6 +15,7 @@ PYTHON_LAYERS = (
     ("fastopt.cli",),
     ("fastopt",),
     ("fastopt.patch",),
+    ("fastopt.snapshot",),
     ("fastopt.batch", "fastopt.state_dict"),
     ("fastopt.inplace",),
     ("fastopt.casting",),
@@ -23,7 +24,7 @@ PYTHON_LAYERS = (
     ("fastopt.backends.native",),
     ("fastopt.backends.python",),
     ("fastopt.backends.interface",),
-    ("fastopt.errors", "fastopt.collector", "fastopt.containers"),
+    ("fastopt.errors", "fastopt.collector", "fastopt.containers", "fastopt.files", "fastopt.files.atomic"),
     ("fastopt._C",),
 )
 CPP_LAYERS = (("csrc/bindings",), ("csrc/cuda",), ("csrc/core",))

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
+from fastopt.casting import Cast
 from tests.loads import FunctionLog, load_both
 from tests.oracle import TORCH_STATE_DICT, Comparison, adam, assert_same_load, bits, torch_load, trained
 
@@ -93,3 +94,27 @@ def trained_without_closure(optimizer):
             param.grad = torch.ones_like(param)
     optimizer.step()
     return optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_from_a_file_is_left_to_the_backend(dtype, copy, backend, tmp_path, monkeypatch):
+    torch.save(TORCH_STATE_DICT(trained(adam())), tmp_path / "optimizer.pt")
+    state_dict = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    actual, expected = adam(dtype=dtype), adam(dtype=dtype)
+    torch_load(expected, state_dict, copy=copy)
+    asked = []
+    entry = Cast.entry
+    monkeypatch.setattr(Cast, "entry", lambda self, *args: asked.append(args) or entry(self, *args))
+    fastopt.load_state_dict(actual, state_dict, copy=copy)
+    assert_same_load(actual, expected, given=state_dict, given_to_torch=state_dict, copy=copy)
+    assert len(asked) == (0 if backend == "native" else 3)
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["", "held"])
+def test_a_storage_that_python_has_seen_is_shared_as_before(held, copy):
+    both = torch.rand(6)
+    state = {"first": both[:3], "second": both[3:], "alone": torch.rand(3), "step": torch.rand(())}
+    seen = [tensor.untyped_storage() for tensor in state.values()]
+    if not held:
+        seen.clear()
+    load_both(lambda: adam((3,)), {"state": {0: state}, "param_groups": adam((3,)).state_dict()["param_groups"]}, copy)

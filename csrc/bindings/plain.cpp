@@ -41,6 +41,13 @@ bool has_attributes(PyObject* object) {
   return dict != nullptr && *dict != nullptr && PyDict_GET_SIZE(*dict) > 0;
 }
 
+// A storage that Python has looked at once, as torch.load and torch.save do, has a Python object from then on, which
+// refers to it; nobody else refers to that object.
+bool is_the_only_user(const c10::Storage& storage) {
+  const size_t from_python = storage.unsafeGetStorageImpl()->pyobj_slot()->has_unique_reference() ? 1 : 0;
+  return storage.use_count() == 1 + from_python;
+}
+
 bool is_plain_among(const at::Tensor& tensor, c10::DispatchKeySet ordinary) {
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   // Raw bits: DispatchKeySet's own difference ignores the backend, and so would pass a meta tensor.
@@ -69,7 +76,7 @@ bool is_plain_cuda(const at::Tensor& tensor) {
 }
 
 bool has_only_its_storage(PyObject* object, const at::Tensor& tensor) {
-  return !tensor.requires_grad() && !tensor.grad().defined() && tensor.storage().use_count() == 1 &&
+  return !tensor.requires_grad() && !tensor.grad().defined() && is_the_only_user(tensor.storage()) &&
          !has_attributes(object);
 }
 
