@@ -68,6 +68,9 @@ def work_of_shapes(shapes: Sequence[Shape], saved: str, param: str) -> LoadWork:
     saved_dtype, param_dtype = getattr(torch, saved), getattr(torch, param)
     optimizer = adamw(shapes, param_dtype)
     state = {index: adamw_entry(shape, saved_dtype) for index, shape in enumerate(shapes)}
+    for entry in state.values():
+        for tensor in entry.values():
+            tensor.untyped_storage()  # from then on it has a Python object, as every storage from torch.load
     moments = 2 * sum(map(prod, shapes))
     return LoadWork(
         bytes_read=moments * saved_dtype.itemsize,
