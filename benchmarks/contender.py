@@ -14,6 +14,9 @@ from benchmarks import memory, questions
 from benchmarks.question import AnyQuestion, Size
 from benchmarks.results import Measurement
 
+UNTIL_THREADS_SLEEP = 0.05
+"""Seconds. After some work OpenMP's threads spin for a while, on the cores and the clock of what is measured."""
+
 
 def measure(question: AnyQuestion, name: str, size: Size) -> Measurement:
     contender = question.contender(name)
@@ -28,6 +31,7 @@ def measure(question: AnyQuestion, name: str, size: Size) -> Measurement:
     gc.collect()
     # last: a virtual machine hands free memory back to its host from two seconds after it became free
     memory.touch(max(memory.current_rss() - before_input, work.bytes_written))
+    time.sleep(UNTIL_THREADS_SLEEP)
     memory.forget_peak()
     before = memory.current_rss()
 

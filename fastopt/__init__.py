@@ -3,6 +3,7 @@
 from fastopt.backends import BackendInfo, backend
 from fastopt.batch import copy_, to
 from fastopt.patch import install, installed, uninstall
+from fastopt.recast import cast_state, to_device
 from fastopt.report import LoadReport
 from fastopt.snapshot import Snapshot, snapshot
 from fastopt.state_dict import id_map, load_state_dict, state_dict
@@ -12,6 +13,7 @@ __all__ = [
     "LoadReport",
     "Snapshot",
     "backend",
+    "cast_state",
     "copy_",
     "id_map",
     "install",
@@ -20,6 +22,7 @@ __all__ = [
     "snapshot",
     "state_dict",
     "to",
+    "to_device",
     "uninstall",
 ]
 __version__ = "0.1.0"

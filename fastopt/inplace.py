@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Set
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
@@ -14,15 +14,36 @@ from fastopt.containers import is_leaf, rebuilt
 from fastopt.errors import OverlapError, describe_parameter, describe_tensor
 
 
+class Place(NamedTuple):
+    """Where in a parameter's state a value stands."""
+
+    text: str
+    """For errors and reports: `state['exp_avg']`."""
+    key: Any = None
+    """The value's own key, which the items of a list do not have."""
+    state_key: Any = None
+    """The key of the parameter's state that it stands under, at any depth."""
+
+    def under(self, key: Any) -> "Place":
+        """The place of a dict's entry."""
+        return Place(f"{self.text}[{key!r}]", key, key if self.state_key is None else self.state_key)
+
+    def item(self, index: int) -> "Place":
+        """The place of an item of another container."""
+        return Place(f"{self.text}[{index}]", None, self.state_key)
+
+
 class CastInPlace(Cast):
     """Pairs each saved tensor with the one that the optimizer holds in its place; `commit` fills all of them at once.
 
-    What is no tensor becomes what it does in any load, and is copied.
+    What is no tensor becomes what it does in any load, and is copied. So does a tensor that has none to fill, where
+    `replace` allows it.
     """
 
-    def __init__(self, optimizer: Optimizer, saved_groups: list[Group]) -> None:
+    def __init__(self, optimizer: Optimizer, saved_groups: list[Group], *, replace: bool = False) -> None:
         super().__init__(optimizer, saved_groups, copy=True)
         self.backend = python  # walks the state; the bytes, nearly all of the work, are for the backend in use
+        self.replace = replace
         self.held_state: Mapping[Any, Any] = optimizer.state
         self.held: list[torch.Tensor] = []
         self.saved: list[torch.Tensor] = []
@@ -38,33 +59,45 @@ class CastInPlace(Cast):
             ValueError: the optimizer holds no tensor of the shape in a saved tensor's place.
         """
         self.param, self.saved_id = param, saved_id
-        return self.value(self.held_state.get(param), value, "state")
+        return self.value(self.held_state.get(param), value, Place("state"))
 
-    def value(self, held: Any, value: Any, place: str) -> Any:
+    def value(self, held: Any, value: Any, place: Place) -> Any:
         """The new value for `place`, where the optimizer holds `held`."""
         if isinstance(value, torch.Tensor):
-            return self.held_tensor(held, value, place)
+            return self.filled_or_replaced(held, value, place)
         if isinstance(value, dict):
             items = held if isinstance(held, dict) else {}
-            return {self.keep(k): self.value(items.get(k), v, f"{place}[{k!r}]") for k, v in value.items()}
+            return {self.keep(k): self.value(items.get(k), v, place.under(k)) for k, v in value.items()}
         if isinstance(value, Set):
             return self.unordered(value, place)
         if isinstance(value, Iterable) and not is_leaf(value):
             return rebuilt(value, self.items(held, value, place))
         return self.keep(value)
 
-    def items(self, held: Any, value: Iterable[Any], place: str) -> Iterator[Any]:
+    def items(self, held: Any, value: Iterable[Any], place: Place) -> Iterator[Any]:
         """The new items of a container other than a dict or set."""
         has_places = isinstance(held, Iterable) and not (isinstance(held, torch.Tensor | dict | Set) or is_leaf(held))
         held_items = chain(held if has_places else (), repeat(None))
         for index, (held_item, item) in enumerate(zip(held_items, value, strict=False)):
-            yield self.value(held_item, item, f"{place}[{index}]")
+            yield self.value(held_item, item, place.item(index))
 
-    def unordered(self, value: Set[Any], place: str) -> Any:
+    def unordered(self, value: Set[Any], place: Place) -> Any:
         """A set, in which a tensor has no place of its own."""
-        if any(isinstance(item, torch.Tensor) for item in value):
-            raise ValueError(f"inplace: {place} is a set of tensors: nothing says which of them goes where")
-        return self.keep(value)
+        if not any(isinstance(item, torch.Tensor) for item in value):
+            return self.keep(value)
+        if self.replace:
+            return rebuilt(value, (self.value(None, item, place) for item in value))
+        raise ValueError(f"inplace: {place.text} is a set of tensors: nothing says which of them goes where")
+
+    def filled_or_replaced(self, held: Any, saved: torch.Tensor, place: Place) -> torch.Tensor:
+        """The held tensor, noted to be filled; or a new one where there is none to fill, and `replace` allows that."""
+        try:
+            return self.held_tensor(held, saved, place.text)
+        except ValueError:
+            if not self.replace:
+                raise
+        self.report.replaced.append((self.saved_id, place.text))
+        return self.tensor(self.param, saved, self.saved_id, place.key, place.state_key)
 
     def held_tensor(self, held: Any, saved: torch.Tensor, place: str) -> torch.Tensor:
         """The held tensor, noted to be filled."""

@@ -9,6 +9,9 @@ import torch
 ENOUGH_FOR_A_RATE = 1_000_000
 """Bytes moved from which a rate is printed; with fewer, a load's time is not that of its bytes."""
 
+SHOWN = 5
+"""Entries of a list that are printed."""
+
 
 @dataclass
 class CastCount:
@@ -41,6 +44,10 @@ class LoadReport:
     """Keys of the saved state that belong to no parameter; they are kept, as torch keeps them."""
     unused_patterns: list[str] = field(default_factory=list)
     """Keys and patterns of `policy` and `device` that fitted no key of the state."""
+    replaced: list[tuple[Any, str]] = field(default_factory=list)
+    """Saved id and place of each tensor that `inplace="auto"` could not fill, and put a new one there."""
+    recast: bool = False
+    """Whether the state was the optimizer's own, as in `to_device` and `cast_state`."""
     emptied: int = 0
     """Tensors whose values are gone, as they went to parameters on the meta device."""
 
@@ -69,8 +76,9 @@ class LoadReport:
     def __str__(self) -> str:
         moved = self.bytes_read + self.bytes_written
         rate = f", {_size(moved / self.seconds)}/s" if moved >= ENOUGH_FOR_A_RATE and self.seconds else ""
+        done = "recast" if self.recast else "loaded"
         lines = [
-            f"loaded {_counted(self.tensors, 'tensor')} in {_time(self.seconds)} ({self.backend}): "
+            f"{done} {_counted(self.tensors, 'tensor')} in {_time(self.seconds)} ({self.backend}): "
             f"read {_size(self.bytes_read)}, wrote {_size(self.bytes_written)}{rate}"
         ]
         for (source, target), count in self.casts.items():
@@ -79,9 +87,15 @@ class LoadReport:
         if self.copied:
             lines.append(f"  copied {self.copied:,} unchanged")
         if self.shared:
-            lines.append(f"  shared {self.shared:,} with the dict that was loaded")
+            fate = "left {:,} as they were" if self.recast else "shared {:,} with the dict that was loaded"
+            lines.append("  " + fate.format(self.shared))
         if self.filled:
             lines.append(f"  filled {self.filled:,} in place")
+        if self.replaced:
+            places = [f"{place} of id {saved_id!r}" for saved_id, place in self.replaced[:SHOWN]]
+            lines.append(
+                f"  replaced {len(self.replaced):,}, which had nothing to fill: {_listed(places, len(self.replaced))}"
+            )
         if self.missing:
             indices = "index" if len(self.missing) == 1 else "indices"
             lines.append(f"  no state for {_counted(len(self.missing), 'parameter')}: {indices} {_some(self.missing)}")
@@ -119,6 +133,11 @@ def _scaled(value: float, units: Sequence[str]) -> str:
     return f"{1000 * value:,.0f} {units[-1]}"
 
 
-def _some(items: Sequence[Any], most: int = 5) -> str:
-    shown = ", ".join(repr(item) for item in items[:most])
-    return shown if len(items) <= most else f"{shown} and {len(items) - most:,} more"
+def _some(items: Sequence[Any]) -> str:
+    return _listed([repr(item) for item in items[:SHOWN]], len(items))
+
+
+def _listed(shown: Sequence[str], count: int) -> str:
+    """The first of so many."""
+    text = ", ".join(shown)
+    return text if count <= len(shown) else f"{text} and {count - len(shown):,} more"

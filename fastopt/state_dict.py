@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
@@ -72,7 +72,7 @@ def load_state_dict(
     copy: bool = True,
     policy: DTypes | None = None,
     device: Devices = "param",
-    inplace: bool = False,
+    inplace: bool | Literal["auto"] = False,
 ) -> LoadReport:
     """Load a state into an optimizer as `torch.optim.Optimizer.load_state_dict` does.
 
@@ -94,6 +94,8 @@ def load_state_dict(
             on. Or a device, or a dict of these as for `policy`.
         inplace: whether the values go into the tensors that the optimizer already holds, which stay the objects, and in
             the memory, that they are; each keeps its dtype and device. Nothing is allocated, and nothing is shared.
+            `"auto"`: a saved tensor that finds none of its shape in its place is loaded as ever, copied; the report
+            lists such places in `replaced`.
 
     Returns:
         What was cast, copied, shared, missing and unexpected.
@@ -104,7 +106,7 @@ def load_state_dict(
         ValueError: `policy` has no such rule, or a dtype that is not floating; or `policy` or `device` is given with
             `inplace`, where each tensor has its dtype and device already.
         ValueError: with `inplace`, the optimizer holds no tensor of the shape in a saved tensor's place, or two places
-            hold overlapping ones.
+            hold overlapping ones (with `"auto"` overlapping ones alone).
         Exception: whatever torch raises for a value that it cannot cast, with a note that names parameter and key.
 
     After any error but one of the optimizer's own `__setstate__` or of a post-hook, the optimizer is as it was.
@@ -116,13 +118,21 @@ def load_state_dict(
             stacklevel=2,
         )
     try:
-        rules = Policy(policy, device)
-        if inplace and not rules.is_reference:
-            raise ValueError("inplace: the tensors to fill have their dtypes and devices; there is nothing to choose")
-        return load(optimizer, state_dict, CastInPlace if inplace else partial(Cast, copy=copy, policy=rules))
+        return load(optimizer, state_dict, cast_by(copy, Policy(policy, device), inplace))
     except Exception as error:
         note_wrong_arguments(error, optimizer, state_dict)
         raise
+
+
+def cast_by(copy: bool, policy: Policy, inplace: bool | Literal["auto"]) -> MakeCast:
+    """What casts the state by the options of a load."""
+    if not isinstance(inplace, bool) and inplace != "auto":
+        raise ValueError(f"inplace: {inplace!r} is neither a bool nor 'auto'")
+    if not inplace:
+        return partial(Cast, copy=copy, policy=policy)
+    if not policy.is_reference:
+        raise ValueError("inplace: the tensors to fill have their dtypes and devices; there is nothing to choose")
+    return partial(CastInPlace, replace=inplace == "auto")
 
 
 def load(optimizer: Optimizer, state_dict: StateDict, make_cast: MakeCast) -> LoadReport:

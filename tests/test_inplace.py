@@ -200,3 +200,90 @@ def test_version_counters_move(backend):
     before = [tensor._version for tensor in tensors(optimizer)]
     fastopt.load_state_dict(optimizer, copy.deepcopy(optimizer.state_dict()), inplace=True)
     assert all(tensor._version > version for tensor, version in zip(tensors(optimizer), before, strict=True))
+
+
+# ---- inplace="auto" ----
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_auto_fills_all_that_true_would_fill(backend, name):
+    ours, strict, state_dict = pair(name)
+    before = addresses(ours)
+    report = fastopt.load_state_dict(ours, state_dict, inplace="auto")
+    fastopt.load_state_dict(strict, state_dict, inplace=True)
+    assert addresses(ours) == before
+    assert report.replaced == []
+    assert all(torch.equal(one, other) for one, other in zip(tensors(ours), tensors(strict), strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"Adagrad"}))  # which holds state from the start
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_loads_into_an_optimizer_without_state_as_ever(backend, name, dtype):
+    _, _, state_dict = pair(name)
+    ours, torchs = (OPTIMIZERS[name]([parameter(*shape, dtype=dtype) for shape in SHAPES]) for _ in range(2))
+    report = fastopt.load_state_dict(ours, state_dict, inplace="auto")
+    torch_load(torchs, state_dict, copy=True)
+    assert len(report.replaced) == len(tensors(ours)) == report.tensors > report.filled == 0
+    for actual, expected in zip(tensors(ours), tensors(torchs), strict=True):
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
+    assert_nothing_shared(ours, state_dict)
+
+
+def test_auto_refuses_what_has_no_values(backend):
+    held = torch.zeros(2)
+    optimizer = with_state({"a": held})
+    with pytest.raises(NotImplementedError, match="meta"):
+        fastopt.load_state_dict(optimizer, saved({"a": torch.ones(2, device="meta")}), inplace="auto")
+    assert [state["a"] is held for state in optimizer.state.values()] == [True]
+
+
+@pytest.mark.parametrize("kind", sorted(MISMATCHES.keys() - {"no values"}))
+def test_auto_replaces_what_does_not_fit_and_says_where(backend, kind):
+    build, value, _ = MISMATCHES[kind]
+    fits, params = torch.zeros(3), [parameter(3), parameter(3)]
+    optimizer = Bare(params)
+    optimizer.state[params[0]] = {"a": fits, "step": torch.tensor(1.0)}
+    if (held := build()) is not None:
+        optimizer.state[params[1]] = held
+    state = {0: {"a": torch.ones(3), "step": torch.tensor(2, dtype=torch.int64)}, 1: value}
+    state_dict = {"state": state, "param_groups": [{"params": [0, 1]}]}
+    report = fastopt.load_state_dict(optimizer, state_dict, inplace="auto")
+    loaded = optimizer.state[params[0]]
+    assert loaded["a"] is fits
+    assert fits.tolist() == [1, 1, 1]
+    assert loaded["step"].dtype is torch.float32
+    assert loaded["step"] == 2
+    replaced = [leaf for leaf in leaves(optimizer.state[params[1]]) if isinstance(leaf, torch.Tensor)]
+    assert [saved_id for saved_id, _ in report.replaced] == [1]
+    assert report.replaced[0][1].startswith("state")
+    assert f"replaced 1, which had nothing to fill: {report.replaced[0][1]} of id 1" in str(report)
+    assert len(replaced) >= 1
+    assert all((leaf == 1).all() for leaf in replaced)
+    assert_nothing_shared(optimizer, state_dict)
+
+
+def test_auto_keeps_the_rule_of_the_step(backend):
+    param = parameter(3, dtype=torch.bfloat16)
+    optimizer = Bare([param])
+    value = {"step": torch.tensor(257.0), "deep": {"step": torch.tensor(257.0)}, "list": [torch.tensor(257.0)]}
+    fastopt.load_state_dict(optimizer, saved(value), inplace="auto")
+    state = optimizer.state[param]
+    assert state["step"] == state["deep"]["step"] == 257
+    assert state["list"][0].dtype is torch.bfloat16
+
+
+def test_auto_of_a_tensor_held_twice_fills_the_first(backend):
+    step = torch.zeros(())
+    optimizer = with_state({"a": step, "b": step})
+    fastopt.load_state_dict(optimizer, saved({"a": torch.tensor(3.0), "b": torch.tensor(4.0)}), inplace="auto")
+    [state] = optimizer.state.values()
+    assert state["a"] is step
+    assert (state["a"], state["b"]) == (3, 4)
+
+
+@pytest.mark.parametrize("inplace", ["always", 1, None])
+def test_other_words_are_refused(backend, inplace):
+    optimizer = with_state({"a": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"inplace: .* is neither a bool nor 'auto'"):
+        fastopt.load_state_dict(optimizer, saved({"a": torch.ones(2)}), inplace=inplace)

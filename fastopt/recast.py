@@ -1,0 +1,72 @@
+"""Casting and moving the state that an optimizer holds: the `optimizer.to()` that torch does not have."""
+
+from torch.optim import Optimizer
+
+from fastopt.backends import current
+from fastopt.casting import Cast
+from fastopt.collector import paused_collector
+from fastopt.policy import Devices, DTypes, Policy
+from fastopt.report import LoadReport
+from fastopt.state_dict import id_map, pack_group
+
+
+def to_device(optimizer: Optimizer, device: Devices = "param") -> LoadReport:
+    """Move an optimizer's state, all tensors in one batch; the dtypes stay.
+
+    `model.to(device)` moves the parameters and leaves the state behind, which the next step then fails on. The groups,
+    their tensors among the hyperparameters included, stay as they are.
+
+    Args:
+        optimizer: the optimizer, after its model has moved. No hooks run.
+        device: `"param"`: the device of each tensor's parameter. Or a device, or a dict by key of a parameter's state,
+            as `device` of `load_state_dict` has it. `step` stays where it is, but goes to the parameter in groups that
+            are `capturable` or `fused`, unless the dict names it.
+
+    Returns:
+        What was moved; tensors that are where they belong stay the same objects, and count as shared.
+
+    Raises:
+        ValueError: a tensor would go to the meta device, which holds no values.
+        KeyError: the state has a tensor for a key that stands in no group.
+
+    After an error the optimizer is as it was.
+    """
+    return recast(optimizer, Policy("keep", device))
+
+
+def cast_state(optimizer: Optimizer, policy: DTypes) -> LoadReport:
+    """Cast an optimizer's state, all tensors in one batch; the devices stay.
+
+    Args:
+        optimizer: the optimizer. No hooks run.
+        policy: `"reference"`: to the dtypes that `load_state_dict` would give, those of the parameters. Or a floating
+            dtype for floating state, or a dict by key of a parameter's state, as `policy` of `load_state_dict` has it.
+            `step` becomes float32 on its parameter's device in groups that are `capturable` or `fused` and else stays,
+            unless the dict names it.
+
+    Returns:
+        What was cast; tensors that need no cast stay the same objects, and count as shared.
+
+    Raises:
+        ValueError: `policy` has no such rule, or a dtype that is not floating.
+        KeyError: the state has a tensor for a key that stands in no group.
+
+    After an error the optimizer is as it was.
+    """
+    return recast(optimizer, Policy(policy, "keep"))
+
+
+def recast(optimizer: Optimizer, policy: Policy) -> LoadReport:
+    """Give the optimizer's state the dtypes and devices of a policy."""
+    with paused_collector():
+        groups = optimizer.param_groups
+        index_lists, live = current().index_state([group["params"] for group in groups], optimizer.state)
+        packed = [pack_group(group, indices) for group, indices in zip(groups, index_lists, strict=True)]
+        cast = Cast(optimizer, packed, copy=False, policy=policy)
+        cast.report.recast = True
+        state = cast.backend.cast_state(live, id_map(packed, groups), cast)
+        if cast.report.emptied:
+            raise ValueError(f"{cast.report.emptied} tensors would go to the meta device, which holds no values")
+        cast.report.unused_patterns = cast.policy.unused()
+        optimizer.state = state
+    return cast.report
