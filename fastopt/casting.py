@@ -117,6 +117,9 @@ class Cast:
     def commit(self) -> None:
         """Do what could not be done before all values were known to be in order."""
 
+    def note_failure(self, error: BaseException) -> None:
+        """Add to an error of the commit what it leaves behind: nothing here."""
+
     def count(self, casts: Sequence[tuple[torch.dtype, torch.dtype, int, int, int]], copied: int, shared: int) -> None:
         """Add to the report what a backend did by itself."""
         for source, target, tensors, read, written in casts:

@@ -19,9 +19,9 @@ def paused_collector() -> Iterator[None]:
     if not gc.isenabled():
         yield
         return
-    gc.disable()
-    young = gc.get_count()[0]
-    try:
+    try:  # first: a KeyboardInterrupt may come between any two lines
+        gc.disable()
+        young = gc.get_count()[0]
         yield
         if gc.get_count()[0] - young > MANY:
             _age_young_objects()

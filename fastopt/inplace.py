@@ -49,6 +49,7 @@ class CastInPlace(Cast):
         self.saved: list[torch.Tensor] = []
         self.places: list[tuple[torch.Tensor, Any, str]] = []
         """Parameter, saved id and place within the state of each."""
+        self.is_writing = False
         self.partners: dict[int, torch.Tensor] = {}
         """The saved tensor of each held one, by its identity."""
 
@@ -124,14 +125,24 @@ class CastInPlace(Cast):
         Raises:
             ValueError: two of the held tensors overlap. Nothing was written then.
         """
+        for held, saved in zip(self.held, self.saved, strict=True):
+            self.count_tensor(saved, held, copied=False)
+        self.report.filled = len(self.held)
+        self.is_writing = True
         try:
             with torch.no_grad():
                 current().copy_(self.held, self.saved, False)
         except OverlapError as error:
+            self.is_writing = False
             for entry in error.entries:
                 param, saved_id, place = self.places[entry]
                 error.add_note(f"entry {entry}: {place} of {describe_parameter(param, saved_id, self.groups)}")
             raise
-        for held, saved in zip(self.held, self.saved, strict=True):
-            self.count_tensor(saved, held, copied=False)
-        self.report.filled = len(self.held)
+
+    def note_failure(self, error: BaseException) -> None:
+        """Say that bytes cannot be taken back, if any may have been written."""
+        if self.is_writing:
+            error.add_note(
+                "inplace: the state tensors that the optimizer holds may have been filled, all or some of them; "
+                "all else of the optimizer is as it was"
+            )

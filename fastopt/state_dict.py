@@ -5,7 +5,7 @@ description of the algorithm, open beside this file finds every step of it here,
 
     hooks -> check groups -> id map -> cast the state -> update the groups -> commit, __setstate__ -> hooks
 
-The optimizer changes in the last steps and not before: whatever fails earlier leaves it as it was.
+The optimizer changes in the commit and not before: whatever fails until then, or in it, leaves it as it was.
 """
 
 import copy as copying
@@ -109,7 +109,8 @@ def load_state_dict(
             hold overlapping ones (with `"auto"` overlapping ones alone).
         Exception: whatever torch raises for a value that it cannot cast, with a note that names parameter and key.
 
-    After any error but one of the optimizer's own `__setstate__` or of a post-hook, the optimizer is as it was.
+    After any error but one of a post-hook the optimizer is as it was, a KeyboardInterrupt included. With `inplace`,
+    where an error while the values are written is too late for that, a note says so.
     """
     if isinstance(optimizer, Optimizer) and type(optimizer).load_state_dict is not Optimizer.load_state_dict:
         warnings.warn(
@@ -156,8 +157,7 @@ def load(optimizer: Optimizer, state_dict: StateDict, make_cast: MakeCast) -> Lo
         cast.report.missing = missing_indices(state, groups, len(cast.report.unexpected))
 
         new_groups = [update_group(group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
-        cast.commit()
-        optimizer.__setstate__({"state": state, "param_groups": new_groups})
+        commit(optimizer, cast, {"state": state, "param_groups": new_groups})
 
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
@@ -230,6 +230,18 @@ def update_group(group: Group, saved_group: Group) -> Group:
     if "param_names" in group and "param_names" not in saved_group:
         saved_group["param_names"] = group["param_names"]
     return saved_group
+
+
+def commit(optimizer: Optimizer, cast: Cast, loaded: dict[str, Any]) -> None:
+    """Hand what was loaded over to the optimizer; where that fails, it gets back what it had."""
+    before = dict(vars(optimizer))
+    try:
+        cast.commit()
+        optimizer.__setstate__(loaded)
+    except BaseException as error:
+        optimizer.__dict__ = before
+        cast.note_failure(error)
+        raise
 
 
 def missing_indices(state: State, groups: Sequence[Group], kept: int) -> list[int]:

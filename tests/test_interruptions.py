@@ -1,0 +1,127 @@
+"""A KeyboardInterrupt at any line: the optimizer is as it was, or loaded, or the error says what is not."""
+
+import copy as copying
+import gc
+import linecache
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastopt
+from tests.oracle import Comparison, adam, fingerprint, trained
+
+PACKAGE = str(Path(fastopt.__file__).parent)
+TORCHS = torch.optim.Adam.__setstate__.__code__.co_filename
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+def interrupted(call, at):
+    """The error of a call that is interrupted before its `at`-th line within fastopt or Adam; None if it has fewer."""
+    lines = 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        name = frame.f_code.co_filename
+        if not (name.startswith(PACKAGE) or name == TORCHS):
+            return None
+        # Python looks for signals where a function begins and after a call: not between `finally` and its first line.
+        if event == "line" and linecache.getline(name, frame.f_lineno).strip() != "gc.enable()":
+            lines += 1
+            if lines == at:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt as error:
+        return error
+    finally:
+        sys.settrace(before)
+    return None
+
+
+def make(seed, dtype=torch.float32):
+    return trained(adam((3, 4), (), (5,), dtype=dtype), seed=seed)
+
+
+ACTIONS = {
+    "copied": lambda optimizer, saved: fastopt.load_state_dict(optimizer, saved),
+    "shared": lambda optimizer, saved: fastopt.load_state_dict(optimizer, saved, copy=False),
+    "by a policy": lambda optimizer, saved: fastopt.load_state_dict(optimizer, saved, policy={"exp_*": "keep"}),
+    "in place": lambda optimizer, saved: fastopt.load_state_dict(optimizer, saved, inplace=True),
+    "auto": lambda optimizer, saved: fastopt.load_state_dict(optimizer, saved, inplace="auto"),
+    "installed": lambda optimizer, saved: optimizer.load_state_dict(saved),
+    "moved": lambda optimizer, saved: fastopt.to_device(optimizer, "cpu:0"),
+    "cast": lambda optimizer, saved: fastopt.cast_state(optimizer, torch.bfloat16),
+    "snapshot": lambda optimizer, saved: fastopt.snapshot(optimizer),
+}
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_an_interruption_leaves_all_or_nothing(name):
+    act = ACTIONS[name]
+    saved = copying.deepcopy(make(1).state_dict())
+    given = fingerprint(saved)
+    done = make(0)
+    with fastopt.installed():
+        act(done, saved)
+        at, unchanged, changed = 0, 0, 0
+        while True:
+            at += 1
+            optimizer = make(0)
+            before = fingerprint(optimizer)
+            error = interrupted(lambda optimizer=optimizer: act(optimizer, saved), at)
+            assert gc.isenabled()
+            assert fingerprint(saved) == given
+            if error is None:
+                break
+            if fingerprint(optimizer) == before:
+                unchanged += 1
+                continue
+            changed += 1
+            if any("may have been filled" in note for note in getattr(error, "__notes__", ())):
+                twin = make(0)
+                assert fingerprint_of_groups(optimizer) == fingerprint_of_groups(twin)
+            else:
+                Comparison().optimizers(optimizer, done)
+    assert at > 100
+    assert unchanged > 0.8 * at
+    assert name == "snapshot" or changed > 0
+
+
+def fingerprint_of_groups(optimizer):
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_error_of_setstate_is_taken_back(inplace):
+    class Refusing(torch.optim.Adam):
+        refuses = False
+
+        def __setstate__(self, state):
+            super().__setstate__(state)
+            self.mark = 1
+            if self.refuses:
+                raise RuntimeError("no")
+
+    params = [torch.nn.Parameter(torch.ones(3))]
+    optimizer = trained(Refusing(params))
+    saved = copying.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = 7
+    optimizer.refuses = True
+    state, groups, before = optimizer.state, optimizer.param_groups, fingerprint(optimizer.param_groups)
+    with pytest.raises(RuntimeError, match="no") as caught:
+        fastopt.load_state_dict(optimizer, saved, inplace=inplace)
+    assert optimizer.state is state
+    assert optimizer.param_groups is groups
+    assert fingerprint(optimizer.param_groups) == before
+    assert not hasattr(optimizer, "mark")
+    assert inplace == any("may have been filled" in note for note in getattr(caught.value, "__notes__", ()))
+    optimizer.refuses = False
+    fastopt.load_state_dict(optimizer, saved, inplace=inplace)
+    assert optimizer.param_groups[0]["lr"] == 7
