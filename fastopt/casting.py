@@ -13,7 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from fastopt.backends import current, python
-from fastopt.backends.interface import Backend, Group
+from fastopt.backends.interface import Backend, Group, State
 from fastopt.containers import is_leaf, rebuilt
 from fastopt.errors import describe_parameter, describe_tensor
 from fastopt.policy import Policy
@@ -38,6 +38,10 @@ class Cast:
         self.backend: Backend = current() if self.policy_stands else python
         self.rule_of = None if self.policy.is_reference else self.policy.rule
         self.report = LoadReport(self.backend.name)
+
+    def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:
+        """The optimizer's new state; `params` are the parameters by saved id."""
+        return self.backend.cast_state(saved_state, params, self)
 
     def entry(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None, state_key: Any = None) -> Any:
         """The whole state of a parameter, or the value under `key` within what stands under `state_key`."""

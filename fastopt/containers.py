@@ -2,8 +2,10 @@
 
 import collections
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
+
+import torch
 
 
 def is_leaf(value: Any) -> bool:
@@ -23,3 +25,15 @@ def rebuilt(value: Iterable[Any], items: Iterator[Any]) -> Any:
     if isinstance(value, collections.deque):
         return type(value)(items, value.maxlen)
     return type(value)(items)  # type: ignore[call-arg]
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in the order of their containers; those of a set, which has none, are left out."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, Iterable) and not (isinstance(value, Set) or is_leaf(value)):
+        for item in value:
+            yield from tensors_of(item)

@@ -64,7 +64,7 @@ def recast(optimizer: Optimizer, policy: Policy) -> LoadReport:
         packed = [pack_group(group, indices) for group, indices in zip(groups, index_lists, strict=True)]
         cast = Cast(optimizer, packed, copy=False, policy=policy)
         cast.report.recast = True
-        state = cast.backend.cast_state(live, id_map(packed, groups), cast)
+        state = cast.cast_state(live, id_map(packed, groups))
         if cast.report.emptied:
             raise ValueError(f"{cast.report.emptied} tensors would go to the meta device, which holds no values")
         cast.report.unused_patterns = cast.policy.unused()

@@ -1,7 +1,7 @@
 """Copies of an optimizer's state that training does not touch."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from fastopt.backends import python
 from fastopt.backends.interface import Group
 from fastopt.casting import Cast
 from fastopt.collector import paused_collector
-from fastopt.containers import is_leaf
+from fastopt.containers import tensors_of
 from fastopt.files.atomic import replacing
 from fastopt.inplace import CastInPlace
 from fastopt.policy import DTypes, Policy
@@ -100,7 +100,7 @@ def snapshot(
         saved_groups = deepcopied(live["param_groups"])
         params = id_map(saved_groups, optimizer.param_groups)
         cast = Cast(optimizer, saved_groups, copy=True, policy=policy)
-        state = cast.backend.cast_state(live["state"], params, cast)
+        state = cast.cast_state(live["state"], params)
         copied = {key: value if key in ("state", "param_groups") else cast.keep(value) for key, value in live.items()}
         copied["state"] = {index: state[params.get(index, index)] for index in live["state"]}
         copied["param_groups"] = saved_groups
@@ -128,15 +128,3 @@ def origins_of(state: Any, copies: Any) -> Origins:
         for tensor, copy in zip(tensors_of(state), tensors_of(copies), strict=True)
         if tensor.dtype != copy.dtype or tensor.device != copy.device
     }
-
-
-def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """Tensors in the order of their containers; those of a set, which has none, are left out."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_of(item)
-    elif isinstance(value, Iterable) and not (isinstance(value, Set) or is_leaf(value)):
-        for item in value:
-            yield from tensors_of(item)

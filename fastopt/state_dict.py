@@ -22,6 +22,7 @@ from fastopt.backends import current
 from fastopt.backends.interface import Group, State
 from fastopt.casting import Cast
 from fastopt.collector import paused_collector
+from fastopt.donation import CastDonated
 from fastopt.errors import note_wrong_arguments
 from fastopt.inplace import CastInPlace
 from fastopt.policy import Devices, DTypes, Policy
@@ -73,6 +74,7 @@ def load_state_dict(
     policy: DTypes | None = None,
     device: Devices = "param",
     inplace: bool | Literal["auto"] = False,
+    donate: bool = False,
 ) -> LoadReport:
     """Load a state into an optimizer as `torch.optim.Optimizer.load_state_dict` does.
 
@@ -96,6 +98,10 @@ def load_state_dict(
             the memory, that they are; each keeps its dtype and device. Nothing is allocated, and nothing is shared.
             `"auto"`: a saved tensor that finds none of its shape in its place is loaded as ever, copied; the report
             lists such places in `replaced`.
+        donate: whether the dict is given away. Its state is released while it is cast, 32 MiB at a time and one
+            parameter's at least, so that inputs and outputs are never in memory both as a whole, unless somebody else
+            holds the tensors. What needs no cast is taken over, whatever `copy` says. From the first cast on the dict
+            is empty, also after an error; loading it again is a KeyError.
 
     Returns:
         What was cast, copied, shared, missing and unexpected.
@@ -105,6 +111,7 @@ def load_state_dict(
         KeyError: `"state"`, `"param_groups"` or a group's `"params"` is missing.
         ValueError: `policy` has no such rule, or a dtype that is not floating; or `policy` or `device` is given with
             `inplace`, where each tensor has its dtype and device already.
+        ValueError: `donate` is given with `inplace`, which fills memory that is there.
         ValueError: with `inplace`, the optimizer holds no tensor of the shape in a saved tensor's place, or two places
             hold overlapping ones (with `"auto"` overlapping ones alone).
         Exception: whatever torch raises for a value that it cannot cast, with a note that names parameter and key.
@@ -119,21 +126,27 @@ def load_state_dict(
             stacklevel=2,
         )
     try:
-        return load(optimizer, state_dict, cast_by(copy, Policy(policy, device), inplace))
+        return load(optimizer, state_dict, cast_by(state_dict, copy, Policy(policy, device), inplace, donate))
     except Exception as error:
         note_wrong_arguments(error, optimizer, state_dict)
         raise
 
 
-def cast_by(copy: bool, policy: Policy, inplace: bool | Literal["auto"]) -> MakeCast:
+def cast_by(
+    state_dict: StateDict, copy: bool, policy: Policy, inplace: bool | Literal["auto"], donate: bool
+) -> MakeCast:
     """What casts the state by the options of a load."""
     if not isinstance(inplace, bool) and inplace != "auto":
         raise ValueError(f"inplace: {inplace!r} is neither a bool nor 'auto'")
-    if not inplace:
-        return partial(Cast, copy=copy, policy=policy)
-    if not policy.is_reference:
+    if inplace and not policy.is_reference:
         raise ValueError("inplace: the tensors to fill have their dtypes and devices; there is nothing to choose")
-    return partial(CastInPlace, replace=inplace == "auto")
+    if inplace and donate:
+        raise ValueError("donate: with inplace no memory is needed twice; there is nothing to give away")
+    if inplace:
+        return partial(CastInPlace, replace=inplace == "auto")
+    if donate:
+        return partial(CastDonated, policy=policy, given=state_dict)
+    return partial(Cast, copy=copy, policy=policy)
 
 
 def load(optimizer: Optimizer, state_dict: StateDict, make_cast: MakeCast) -> LoadReport:
@@ -152,7 +165,7 @@ def load(optimizer: Optimizer, state_dict: StateDict, make_cast: MakeCast) -> Lo
 
         params = id_map(saved_groups, groups)  # checks the groups first
         cast = make_cast(optimizer, state_dict["param_groups"])
-        state = cast.backend.cast_state(state_dict["state"], params, cast)
+        state = cast.cast_state(state_dict["state"], params)
         cast.report.unused_patterns = cast.policy.unused()
         cast.report.missing = missing_indices(state, groups, len(cast.report.unexpected))
 

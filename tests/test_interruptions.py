@@ -49,12 +49,18 @@ def make(seed, dtype=torch.float32):
     return trained(adam((3, 4), (), (5,), dtype=dtype), seed=seed)
 
 
+def taken_apart(saved):
+    """A dict that can be given away."""
+    return {**saved, "state": dict(saved["state"])}
+
+
 ACTIONS = {
     "copied": lambda optimizer, saved: fastopt.load_state_dict(optimizer, saved),
     "shared": lambda optimizer, saved: fastopt.load_state_dict(optimizer, saved, copy=False),
     "by a policy": lambda optimizer, saved: fastopt.load_state_dict(optimizer, saved, policy={"exp_*": "keep"}),
     "in place": lambda optimizer, saved: fastopt.load_state_dict(optimizer, saved, inplace=True),
     "auto": lambda optimizer, saved: fastopt.load_state_dict(optimizer, saved, inplace="auto"),
+    "donated": lambda optimizer, saved: fastopt.load_state_dict(optimizer, taken_apart(saved), donate=True),
     "installed": lambda optimizer, saved: optimizer.load_state_dict(saved),
     "moved": lambda optimizer, saved: fastopt.to_device(optimizer, "cpu:0"),
     "cast": lambda optimizer, saved: fastopt.cast_state(optimizer, torch.bfloat16),

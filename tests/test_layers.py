@@ -17,7 +17,7 @@ PYTHON_LAYERS = (
     ("fastopt.patch",),
     ("fastopt.recast", "fastopt.snapshot"),
     ("fastopt.batch", "fastopt.state_dict"),
-    ("fastopt.inplace",),
+    ("fastopt.donation", "fastopt.inplace"),
     ("fastopt.casting",),
     ("fastopt.policy", "fastopt.report"),
     ("fastopt.backends",),

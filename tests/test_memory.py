@@ -212,6 +212,26 @@ def test_a_load_takes_no_more_than_its_results(backend: str, saved_dtype: str, p
     assert measured["extra"] <= measured["written"] + SLACK
 
 
+def measure_donated(saved_dtype: str, param_dtype: str) -> dict[str, int]:
+    sizes = [8 * MIB] * 12 + [MIB // 3] * 6 + [500] * 1000
+    optimizer = optimizer_over(sizes, getattr(torch, param_dtype))
+    state = {index: {"exp_avg": torch.ones(n, dtype=getattr(torch, saved_dtype))} for index, n in enumerate(sizes)}
+    saved = state_dict_of(optimizer, state)
+    fastopt.load_state_dict(optimizer_over([1], torch.float32), {"state": {}, "param_groups": [{"params": [0]}]})
+    gc.collect()
+    CLEAR_REFS.write_text("5")  # the most since now
+    before = resident()
+    report = fastopt.load_state_dict(optimizer, saved, donate=True)
+    return {"extra": resident("VmHWM") - before, "read": report.bytes_read, "written": report.bytes_written}
+
+
+@pytest.mark.parametrize(("saved_dtype", "param_dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_donated_state_is_never_in_memory_twice(backend: str, saved_dtype: str, param_dtype: str) -> None:
+    measured = in_a_process(f"measure_donated({saved_dtype!r}, {param_dtype!r})", backend)
+    assert min(measured["read"], measured["written"]) > 2 * SLACK
+    assert measured["extra"] <= max(measured["written"] - measured["read"], 0) + SLACK
+
+
 def measure_in_place() -> dict[str, int]:
     sizes = [8 * MIB] * 5 + [500] * 5000
     optimizer = optimizer_over(sizes, torch.bfloat16)

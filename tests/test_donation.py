@@ -1,0 +1,162 @@
+"""`donate=True`: torch's load is the oracle of the values; what is left of the dict, and when, is asked here."""
+
+import copy as copying
+import sys
+import weakref
+from types import MappingProxyType
+
+import pytest
+import torch
+
+import fastopt
+from fastopt import donation
+from tests.loads import saved, tensor, values
+from tests.oracle import TORCH_STATE_DICT, Bare, adam, assert_same_load, fingerprint, parameter, torch_load, trained
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(params=[donation.PORTION, 1], ids=["at once", "one by one"])
+def portion(request, monkeypatch):
+    monkeypatch.setattr(donation, "PORTION", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_optimizer_gets_what_torch_gives_it(dtype, portion):
+    state_dict = TORCH_STATE_DICT(trained(adam()))
+    state_dict["state"]["extra"] = {"a": torch.ones(3)}
+    given, given_to_torch = copying.deepcopy(state_dict), copying.deepcopy(state_dict)
+    actual, expected = adam(dtype=dtype), adam(dtype=dtype)
+    report = fastopt.load_state_dict(actual, given, donate=True)
+    torch_load(expected, given_to_torch, copy=False)
+    assert_same_load(actual, expected, given=None, given_to_torch=None, copy=False)
+    assert report.tensors == 9
+    assert report.unexpected == ["extra"]
+    assert report.missing == []
+
+
+@pytest.mark.parametrize("name", values())
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+def test_values_of_all_kinds_are_loaded_as_without(name, portion):
+    param = parameter(3, 4)
+    actual, expected = Bare([param]), Bare([param])
+    fastopt.load_state_dict(actual, saved({0: values()[name]}), donate=True)
+    fastopt.load_state_dict(expected, saved({0: values()[name]}), copy=False)
+    assert_same_load(actual, expected, copy=False)
+
+
+def test_the_dict_is_empty_and_cannot_be_loaded_again(portion):
+    state_dict = copying.deepcopy(TORCH_STATE_DICT(trained(adam())))
+    state = state_dict["state"]
+    optimizer = adam()
+    fastopt.load_state_dict(optimizer, state_dict, donate=True)
+    assert state_dict == state == {}
+    before = fingerprint(optimizer)
+    with pytest.raises(KeyError, match="param_groups"):
+        fastopt.load_state_dict(optimizer, state_dict)
+    assert fingerprint(optimizer) == before
+
+
+def test_each_source_is_released_before_the_next_is_cast(monkeypatch):
+    monkeypatch.setattr(donation, "PORTION", 1)
+    params = [parameter(50, 50, dtype=BF16) for _ in range(5)]
+    state_dict = saved({i: {"m": tensor(50, 50, seed=i)} for i in range(5)}, params=range(5))
+    sources = [weakref.ref(state["m"]) for state in state_dict["state"].values()]
+    alive = []
+
+    class Watched(donation.CastDonated):
+        def count(self, *args):
+            alive.append(sum(source() is not None for source in sources))
+            super().count(*args)
+
+    monkeypatch.setattr(sys.modules["fastopt.state_dict"], "CastDonated", Watched)
+    fastopt.load_state_dict(Bare(params), state_dict, donate=True)
+    assert alive == [5, 4, 3, 2, 1]
+    assert not any(source() for source in sources)
+
+
+def test_what_needs_no_cast_is_taken_over():
+    state_dict = saved({0: {"m": tensor(3, 4)}})
+    address = state_dict["state"][0]["m"].data_ptr()
+    optimizer = Bare([parameter(3, 4)])
+    report = fastopt.load_state_dict(optimizer, state_dict, donate=True)
+    [state] = optimizer.state.values()
+    assert state["m"].data_ptr() == address
+    assert report.shared == 1
+
+
+def test_another_optimizers_live_state_stays_its_own():
+    source, target = trained(adam()), adam(dtype=BF16)
+    before = fingerprint(source)
+    fastopt.load_state_dict(target, source.state_dict(), donate=True)
+    assert fingerprint(source) == before
+
+
+def test_what_fails_before_the_first_cast_leaves_the_dict_whole():
+    optimizer = Bare([parameter(3), parameter(3)])
+    state_dict = saved({0: {"m": tensor(3)}})
+    before = fingerprint(state_dict)
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        fastopt.load_state_dict(optimizer, state_dict, donate=True)
+    frozen = {**saved({}, params=(0, 1)), "state": MappingProxyType({0: {}})}
+    with pytest.raises(TypeError, match="donate: nothing can be taken out of the state, a mappingproxy"):
+        fastopt.load_state_dict(optimizer, frozen, donate=True)
+    assert fingerprint(state_dict) == before
+    assert len(frozen) == 2
+
+
+def test_what_fails_later_leaves_the_optimizer_and_an_empty_dict():
+    optimizer = trained(adam())
+    before = fingerprint(optimizer)
+    state_dict = copying.deepcopy(TORCH_STATE_DICT(optimizer))
+    state_dict["state"][1]["exp_avg"] = torch.ones(5, device="meta")
+    with pytest.raises(NotImplementedError, match="meta"):
+        fastopt.load_state_dict(optimizer, state_dict, donate=True)
+    assert fingerprint(optimizer) == before
+    assert state_dict == {}
+
+
+# ---- Which options go together ----
+
+OPTIONS = {
+    "copy": {"copy": False},
+    "policy": {"policy": {"m": BF16}},
+    "device": {"device": {"m": "keep"}},
+    "inplace": {"inplace": True},
+    "auto": {"inplace": "auto"},
+    "donate": {"donate": True},
+}
+APART = {
+    ("inplace", "policy"),
+    ("device", "inplace"),
+    ("auto", "policy"),
+    ("auto", "device"),
+    ("donate", "inplace"),
+    ("auto", "donate"),
+}
+PAIRS = [(a, b) for a in OPTIONS for b in OPTIONS if a < b and {a, b} != {"inplace", "auto"}]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
+def test_every_pair_of_options_works_or_is_refused(pair):
+    param = parameter(3, dtype=torch.float16)
+    optimizer = Bare([param])
+    held = torch.zeros(3)
+    optimizer.state[param] = {"m": held}
+    state_dict, options = saved({0: {"m": torch.full((3,), 1 / 3)}}), OPTIONS[pair[0]] | OPTIONS[pair[1]]
+    if pair in APART:
+        before = fingerprint(optimizer)
+        with pytest.raises(ValueError, match=r"^(inplace|donate): "):
+            fastopt.load_state_dict(optimizer, state_dict, **options)
+        assert fingerprint(optimizer) == before
+        assert len(state_dict) == 2
+        return
+    fastopt.load_state_dict(optimizer, state_dict, **options)
+    loaded = optimizer.state[param]["m"]
+    assert (loaded is held) == ("inplace" in options)
+    assert loaded.dtype == (BF16 if "policy" in options else F32 if "inplace" in options else torch.float16)
+    assert torch.equal(loaded, torch.full((3,), 1 / 3).to(loaded.dtype))
+    assert (state_dict == {}) == ("donate" in options)
