@@ -15,12 +15,14 @@ def cast_state(
     rule_of: Callable[[Any, bool], tuple[Any, Any]] | None,
     memo: dict[int, Any] | None,
     state: defaultdict[Any, Any],
+    audits: bool,
 ) -> (
     tuple[
         list[tuple[Any, Any, torch.Tensor | None, Any, Any, Any, Any]],
         list[tuple[torch.dtype, torch.dtype, int, int, int]],
         int,
         int,
+        list[tuple[Any, torch.dtype, torch.dtype, int, int, int, int, int, int, float]],
     ]
     | None
 ): ...

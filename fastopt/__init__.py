@@ -1,5 +1,6 @@
 """Loads, saves, casts and moves very large PyTorch optimizer states, with torch's meaning at the memory's speed."""
 
+from fastopt.audit import AuditCount
 from fastopt.backends import BackendInfo, backend
 from fastopt.batch import copy_, to
 from fastopt.patch import install, installed, uninstall
@@ -9,6 +10,7 @@ from fastopt.snapshot import Snapshot, snapshot
 from fastopt.state_dict import id_map, load_state_dict, state_dict
 
 __all__ = [
+    "AuditCount",
     "BackendInfo",
     "LoadReport",
     "Snapshot",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from fastopt.audit import AuditCount, audited
 from fastopt.backends import current, python
 from fastopt.backends.interface import Backend, Group, State
 from fastopt.containers import is_leaf, rebuilt
@@ -27,7 +28,13 @@ class Cast:
     """
 
     def __init__(
-        self, optimizer: Optimizer, saved_groups: list[Group], *, copy: bool, policy: Policy | None = None
+        self,
+        optimizer: Optimizer,
+        saved_groups: list[Group],
+        *,
+        copy: bool,
+        policy: Policy | None = None,
+        audit: bool = False,
     ) -> None:
         self.groups: Sequence[Group] = optimizer.param_groups
         self.saved_groups = saved_groups
@@ -37,7 +44,8 @@ class Cast:
         self.policy_stands = is_torchs_own(Optimizer._process_value_according_to_param_policy)
         self.backend: Backend = current() if self.policy_stands else python
         self.rule_of = None if self.policy.is_reference else self.policy.rule
-        self.report = LoadReport(self.backend.name)
+        self.audits = audit
+        self.report = LoadReport(self.backend.name, audit={} if audit else None)
 
     def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:
         """The optimizer's new state; `params` are the parameters by saved id."""
@@ -74,9 +82,13 @@ class Cast:
         """Cast a tensor to the dtype and device that its parameter and its key ask for."""
         try:
             if not self.policy_stands and self.policy.is_reference:
-                return self.tensor_by_patched_policy(param, value, saved_id, key)
-            rule = self.policy.rule(state_key, is_step=isinstance(key, str) and key == "step")
-            return self.to(value, rule.options(param, value, saved_id in self.hosted_on_device))
+                result = self.tensor_by_patched_policy(param, value, saved_id, key)
+            else:
+                rule = self.policy.rule(state_key, is_step=isinstance(key, str) and key == "step")
+                result = self.to(value, rule.options(param, value, saved_id in self.hosted_on_device))
+            if self.audits and result.dtype != value.dtype and (seen := audited(value, result)):
+                self.report.add_audit(state_key, value.dtype, result.dtype, seen)
+            return result
         except Exception as error:
             place = "a value without a key" if key is None else f"key {key!r}"
             error.add_note(f"at {place}: {describe_tensor(value)}")
@@ -130,6 +142,11 @@ class Cast:
             self.report.add(source, target, tensors, read, written)
         self.report.copied += copied
         self.report.shared += shared
+
+    def count_audits(self, audits: Sequence[tuple[Any, ...]]) -> None:
+        """Add to the report what a backend audited by itself."""
+        for state_key, source, target, *counts in audits:
+            self.report.add_audit(state_key, source, target, AuditCount(*counts))
 
     def count_tensor(self, value: torch.Tensor, result: torch.Tensor, copied: bool) -> None:
         """Add one tensor to the report."""

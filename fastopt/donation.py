@@ -20,9 +20,15 @@ class CastDonated(Cast):
     """Takes the saved state apart while it casts it. What needs no cast becomes the optimizer's."""
 
     def __init__(
-        self, optimizer: Optimizer, saved_groups: list[Group], *, policy: Policy, given: MutableMapping[str, Any]
+        self,
+        optimizer: Optimizer,
+        saved_groups: list[Group],
+        *,
+        policy: Policy,
+        audit: bool,
+        given: MutableMapping[str, Any],
     ) -> None:
-        super().__init__(optimizer, saved_groups, copy=False, policy=policy)
+        super().__init__(optimizer, saved_groups, copy=False, policy=policy, audit=audit)
         self.given = given
 
     def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:

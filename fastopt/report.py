@@ -1,13 +1,18 @@
 """What a load did, for people and for programs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from fastopt.audit import AuditCount
+
 ENOUGH_FOR_A_RATE = 1_000_000
 """Bytes moved from which a rate is printed; with fewer, a load's time is not that of its bytes."""
+
+DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "row_var", "col_var")
+"""State keys of second moments, by the root of which steps are divided, in torch's optimizers."""
 
 SHOWN = 5
 """Entries of a list that are printed."""
@@ -46,6 +51,8 @@ class LoadReport:
     """Keys and patterns of `policy` and `device` that fitted no key of the state."""
     replaced: list[tuple[Any, str]] = field(default_factory=list)
     """Saved id and place of each tensor that `inplace="auto"` could not fill, and put a new one there."""
+    audit: dict[tuple[Any, torch.dtype, torch.dtype], AuditCount] | None = None
+    """What casts did to values, as `audit=True` asks: by state key, saved and final dtype."""
     recast: bool = False
     """Whether the state was the optimizer's own, as in `to_device` and `cast_state`."""
     emptied: int = 0
@@ -72,6 +79,11 @@ class LoadReport:
         count.tensors += tensors
         count.bytes_read += read
         count.bytes_written += written
+
+    def add_audit(self, state_key: Any, source: torch.dtype, target: torch.dtype, seen: AuditCount) -> None:
+        """Counts values that were cast."""
+        if self.audit is not None:
+            self.audit.setdefault((state_key, source, target), AuditCount()).add(seen)
 
     def __str__(self) -> str:
         moved = self.bytes_read + self.bytes_written
@@ -105,7 +117,28 @@ class LoadReport:
             lines.append(f"  no key of the state fits {_some(self.unused_patterns)}, given in policy or device")
         if self.emptied:
             lines.append(f"  values lost to parameters on the meta device: {_counted(self.emptied, 'tensor')}")
+        for (state_key, source, target), seen in (self.audit or {}).items():
+            lines += _audit_lines(state_key, f"{_name(source)} to {_name(target)}", seen)
         return "\n".join(lines)
+
+
+def _audit_lines(state_key: Any, cast: str, seen: AuditCount) -> Iterator[str]:
+    """What a cast did, and a warning where steps divide by values that it made zero."""
+    found = {
+        "overflowed to infinity": seen.overflowed,
+        "underflowed to zero": seen.underflowed,
+        "became subnormal": seen.subnormal,
+        "were NaN": seen.nan,
+        "were infinite": seen.inf,
+    }
+    counts = ", ".join(f"{count:,} {what}" for what, count in found.items() if count) or "none lost"
+    yield (
+        f"  audit of {_counted(seen.values, 'value')} of {state_key}, {cast}: {counts}, "
+        f"largest relative error {seen.largest_error:.2g}"
+    )
+    if state_key in DIVISORS and seen.underflowed:
+        vanished = f"{seen.underflowed:,} of it became zero"
+        yield f"  WARNING: steps divide by the root of {state_key}, and {vanished}: they may explode"
 
 
 def _name(dtype: torch.dtype) -> str:

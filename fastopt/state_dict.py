@@ -75,6 +75,7 @@ def load_state_dict(
     device: Devices = "param",
     inplace: bool | Literal["auto"] = False,
     donate: bool = False,
+    audit: bool = False,
 ) -> LoadReport:
     """Load a state into an optimizer as `torch.optim.Optimizer.load_state_dict` does.
 
@@ -102,6 +103,8 @@ def load_state_dict(
             parameter's at least, so that inputs and outputs are never in memory both as a whole, unless somebody else
             holds the tensors. What needs no cast is taken over, whatever `copy` says. From the first cast on the dict
             is empty, also after an error; loading it again is a KeyError.
+        audit: whether casts from one dtype to another are looked at, value by value: what overflows to infinity or
+            underflows to zero, and how much is rounded away, by key and dtypes in the report's `audit`.
 
     Returns:
         What was cast, copied, shared, missing and unexpected.
@@ -111,7 +114,7 @@ def load_state_dict(
         KeyError: `"state"`, `"param_groups"` or a group's `"params"` is missing.
         ValueError: `policy` has no such rule, or a dtype that is not floating; or `policy` or `device` is given with
             `inplace`, where each tensor has its dtype and device already.
-        ValueError: `donate` is given with `inplace`, which fills memory that is there.
+        ValueError: `donate` or `audit` is given with `inplace`.
         ValueError: with `inplace`, the optimizer holds no tensor of the shape in a saved tensor's place, or two places
             hold overlapping ones (with `"auto"` overlapping ones alone).
         Exception: whatever torch raises for a value that it cannot cast, with a note that names parameter and key.
@@ -126,14 +129,14 @@ def load_state_dict(
             stacklevel=2,
         )
     try:
-        return load(optimizer, state_dict, cast_by(state_dict, copy, Policy(policy, device), inplace, donate))
+        return load(optimizer, state_dict, cast_by(state_dict, copy, Policy(policy, device), inplace, donate, audit))
     except Exception as error:
         note_wrong_arguments(error, optimizer, state_dict)
         raise
 
 
 def cast_by(
-    state_dict: StateDict, copy: bool, policy: Policy, inplace: bool | Literal["auto"], donate: bool
+    state_dict: StateDict, copy: bool, policy: Policy, inplace: bool | Literal["auto"], donate: bool, audit: bool
 ) -> MakeCast:
     """What casts the state by the options of a load."""
     if not isinstance(inplace, bool) and inplace != "auto":
@@ -142,11 +145,13 @@ def cast_by(
         raise ValueError("inplace: the tensors to fill have their dtypes and devices; there is nothing to choose")
     if inplace and donate:
         raise ValueError("donate: with inplace no memory is needed twice; there is nothing to give away")
+    if inplace and audit:
+        raise ValueError("audit: what is written in place is not audited")
     if inplace:
         return partial(CastInPlace, replace=inplace == "auto")
     if donate:
-        return partial(CastDonated, policy=policy, given=state_dict)
-    return partial(Cast, copy=copy, policy=policy)
+        return partial(CastDonated, policy=policy, audit=audit, given=state_dict)
+    return partial(Cast, copy=copy, policy=policy, audit=audit)
 
 
 def load(optimizer: Optimizer, state_dict: StateDict, make_cast: MakeCast) -> LoadReport:

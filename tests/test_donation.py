@@ -128,6 +128,7 @@ OPTIONS = {
     "inplace": {"inplace": True},
     "auto": {"inplace": "auto"},
     "donate": {"donate": True},
+    "audit": {"audit": True},
 }
 APART = {
     ("inplace", "policy"),
@@ -136,6 +137,8 @@ APART = {
     ("auto", "device"),
     ("donate", "inplace"),
     ("auto", "donate"),
+    ("audit", "inplace"),
+    ("audit", "auto"),
 }
 PAIRS = [(a, b) for a in OPTIONS for b in OPTIONS if a < b and {a, b} != {"inplace", "auto"}]
 
@@ -149,7 +152,7 @@ def test_every_pair_of_options_works_or_is_refused(pair):
     state_dict, options = saved({0: {"m": torch.full((3,), 1 / 3)}}), OPTIONS[pair[0]] | OPTIONS[pair[1]]
     if pair in APART:
         before = fingerprint(optimizer)
-        with pytest.raises(ValueError, match=r"^(inplace|donate): "):
+        with pytest.raises(ValueError, match=r"^(inplace|donate|audit): "):
             fastopt.load_state_dict(optimizer, state_dict, **options)
         assert fingerprint(optimizer) == before
         assert len(state_dict) == 2

@@ -24,7 +24,14 @@ PYTHON_LAYERS = (
     ("fastopt.backends.native",),
     ("fastopt.backends.python",),
     ("fastopt.backends.interface",),
-    ("fastopt.errors", "fastopt.collector", "fastopt.containers", "fastopt.files", "fastopt.files.atomic"),
+    (
+        "fastopt.errors",
+        "fastopt.collector",
+        "fastopt.containers",
+        "fastopt.files",
+        "fastopt.files.atomic",
+        "fastopt.audit",
+    ),
     ("fastopt._C",),
 )
 CPP_LAYERS = (("csrc/bindings",), ("csrc/cuda",), ("csrc/core",))

@@ -81,7 +81,7 @@ Batch::~Batch() {
   }
 }
 
-py::object Batch::cast(py::handle src, at::ScalarType dtype) {
+py::object Batch::cast(py::handle src, at::ScalarType dtype, Audit* audit) {
   const at::Tensor& from = THPVariable_Unpack(src.ptr());
   const auto dtypes = cast_dtypes(from.scalar_type(), dtype);
   if (!dtypes || !is_dense(from)) {
@@ -91,7 +91,8 @@ py::object Batch::cast(py::handle src, at::ScalarType dtype) {
   if (!to.defined()) {
     return {};
   }
-  const Job job = job_of(to, from, *dtypes);
+  Job job = job_of(to, from, *dtypes);
+  job.audit = audit;
   return add(job, src, std::move(to));
 }
 
@@ -120,6 +121,9 @@ py::object Batch::add(const Job& job, py::handle src, at::Tensor dst) {
   }
   if (const int64_t bytes = job.count * size_of(job.src_dtype); bytes < kSmallestListed) {
     kernels_.find(job.src_dtype, job.dst_dtype)(job.src, job.dst, job.count);
+    if (job.audit != nullptr) {
+      kernels_.find_audit(job.src_dtype, job.dst_dtype)(job.src, job.count, *job.audit);
+    }
   } else {
     jobs_.push_back(job);
     hold(src);

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <deque>
 #include <map>
 #include <span>
 #include <utility>
@@ -30,6 +31,11 @@ struct LeftToPython {};
 
 bool is_step(PyObject* key) {
   return PyUnicode_GET_LENGTH(key) == 4 && PyUnicode_CompareWithASCIIString(key, "step") == 0;
+}
+
+// For state keys, which are str or None.
+bool is_same_key(PyObject* a, PyObject* b) {
+  return a == b || (a != Py_None && b != Py_None && PyUnicode_Compare(a, b) == 0);
 }
 
 bool is_atom(PyObject* value) {
@@ -57,8 +63,9 @@ bool is_tensor_and_no_parameter(PyObject* object) {
 
 class Walk {
  public:
-  Walk(const py::object& hosted_on_device, const py::object& rule_of, const py::object& memo, const py::dict& state)
-      : hosted_on_device_(hosted_on_device), memo_(memo), state_(state), rules_(rule_of) {}
+  Walk(const py::object& hosted_on_device, const py::object& rule_of, const py::object& memo, const py::dict& state,
+       bool audits)
+      : hosted_on_device_(hosted_on_device), memo_(memo), state_(state), audits_(audits), rules_(rule_of) {}
 
   void visit(const Entry& entry) {
     saved_id_ = entry.item.key;
@@ -88,7 +95,16 @@ class Walk {
     for (const auto& [dtypes, tally] : tallies_) {
       counts.append(py::make_tuple(dtypes.first, dtypes.second, tally.tensors, tally.bytes_read, tally.bytes_written));
     }
-    return py::make_tuple(deferred_, counts, copied_, shared_);
+    py::list audits;
+    for (const Audited& row : audited_) {
+      if (row.tensors == 0) {  // all of them put off
+        continue;
+      }
+      const Audit& audit = row.audit;
+      audits.append(py::make_tuple(row.key, row.dtypes.first, row.dtypes.second, audit.values, audit.overflowed,
+                                   audit.underflowed, audit.subnormal, audit.nan, audit.inf, audit.largest_error));
+    }
+    return py::make_tuple(deferred_, counts, copied_, shared_, audits);
   }
 
  private:
@@ -99,6 +115,23 @@ class Walk {
     int64_t bytes_read = 0;
     int64_t bytes_written = 0;
   };
+
+  struct Audited {
+    py::object key;  // the state key; None for a state that is no dict
+    DTypes dtypes;
+    int64_t tensors;
+    Audit audit;
+  };
+
+  // Where a cast of the current state key is counted.
+  Audited* audited(DTypes dtypes) {
+    for (Audited& row : audited_) {
+      if (row.dtypes == dtypes && is_same_key(row.key.ptr(), state_key_.ptr())) {
+        return &row;
+      }
+    }
+    return &audited_.emplace_back(Audited{state_key_, dtypes, 0, {}});
+  }
 
   void count(const at::Tensor& from, const at::Tensor& to) {
     const DTypes dtypes{from.scalar_type(), to.scalar_type()};
@@ -184,9 +217,13 @@ class Walk {
     }
     const at::ScalarType dtype = rule.dtype(tensor.scalar_type(), target_);
     if (dtype != tensor.scalar_type()) {
-      py::object result = batch_.cast(item.value, dtype);
+      Audited* const row = audits_ ? audited({tensor.scalar_type(), dtype}) : nullptr;
+      py::object result = batch_.cast(item.value, dtype, row == nullptr ? nullptr : &row->audit);
       if (result) {
         count(tensor, THPVariable_Unpack(result.ptr()));
+        if (row != nullptr) {
+          row->tensors += 1;
+        }
       }
       return result;
     }
@@ -244,6 +281,7 @@ class Walk {
   const py::object& hosted_on_device_;
   const py::object& memo_;
   const py::dict& state_;
+  const bool audits_;
 
   // The entry being walked.
   py::object saved_id_;
@@ -252,6 +290,7 @@ class Walk {
   py::object state_key_ = py::none();  // of what stands in the parameter's state, at any depth
   size_t depth_ = 0;                   // of containers around the value being cast
 
+  std::deque<Audited> audited_;  // the batch points into it: before the batch, and growing without moving
   Rules rules_;
   Batch batch_;
   py::list deferred_;
@@ -266,13 +305,16 @@ class Walk {
 // saved_state: the saved dict's "state", an exact dict. id_map: saved id -> parameter. hosted_on_device: the saved ids
 // whose step belongs on the parameter's device in float32, or None. rule_of: as in rules.h. memo:
 // copy.deepcopy's memo for copy=True, or None. state: the new state, filled here.
-// -> (deferred, counts, tensors copied, tensors shared), or None where the whole walk is Python's (LeftToPython).
+// audits: whether casts are counted.
+// -> (deferred, counts, tensors copied, tensors shared, audits), or None where the whole walk is Python's
+// (LeftToPython).
 //    deferred: (container, slot, parameter or None, value, saved id, key or None, state key or None) for each value put
 //    off.
 //    counts: (from dtype, to dtype, tensors, bytes read, bytes written), copies without a cast included.
+//    audits: (state key, from dtype, to dtype, and the members of Audit).
 py::object cast_state(const py::dict& saved_state, const py::dict& id_map, const py::object& hosted_on_device,
-                      const py::object& rule_of, const py::object& memo, const py::dict& state) {
-  Walk walk(hosted_on_device, rule_of, memo, state);
+                      const py::object& rule_of, const py::object& memo, const py::dict& state, bool audits) {
+  Walk walk(hosted_on_device, rule_of, memo, state, audits);
   try {
     EntryReader reader(saved_state, id_map);
     for (auto entries = reader.next(); !entries.empty(); entries = reader.next()) {

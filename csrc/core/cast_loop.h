@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "audit_loop.h"
 #include "kernels.h"
 #include "scalar.h"
 
@@ -118,11 +119,21 @@ constexpr Kernels::Table make_table(CastFn move) {
   return table;
 }
 
+constexpr Kernels::AuditTable make_audit_table() {
+  Kernels::AuditTable table{
+      audits_from<float>(), audits_from<bfloat16>(), audits_from<float16>(), audits_from<double>(), {}};
+  for (size_t same = 0; same + 1 < kDTypes; ++same) {
+    table[same][same] = nullptr;
+  }
+  return table;
+}
+
 template <class Vector>
 constexpr Kernels make_kernels(const char* target) {
   return {target,
           {make_table<Vector, Store::Cached>(move_cached<Vector>),
-           make_table<Vector, Store::Streaming>(move_streaming<Vector>)}};
+           make_table<Vector, Store::Streaming>(move_streaming<Vector>)},
+          make_audit_table()};
 }
 
 }  // namespace

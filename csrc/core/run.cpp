@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <mutex>
 #include <vector>
 
 namespace fastopt {
@@ -14,7 +15,8 @@ namespace {
 constexpr int64_t kJobCost = 128;          // what a call costs, in bytes that could have moved meanwhile
 constexpr int64_t kChunkCost = 1 << 20;    // small against a thread's share, large against the cost of taking a chunk
 constexpr int64_t kSerialCost = 64 << 10;  // less than this is done before a second thread would have woken
-constexpr int64_t kCutElements = 64;       // cuts fall on multiples of this: whole vectors and, mostly, cache lines
+constexpr int64_t kAuditedElements = 8 << 10;  // what the cast then reads from the second level of cache
+constexpr int64_t kCutElements = 64;           // cuts fall on multiples of this: whole vectors and, mostly, cache lines
 
 // Note [Streaming]
 // A store that misses the cache first reads the line that it will overwrite; one that streams past the cache does not.
@@ -44,21 +46,37 @@ class Line {
   int64_t length() const { return ends_.empty() ? 0 : ends_.back(); }
 
   // Runs what lies in [begin, end) of the line.
-  void run(int64_t begin, int64_t end, const Kernels& kernels) const {
+  void run(int64_t begin, int64_t end, const Kernels& kernels) {
     auto index = static_cast<size_t>(std::upper_bound(ends_.begin(), ends_.end(), begin) - ends_.begin());
     for (; index < jobs_.size() && start_of(index) < end; ++index) {
       const Job& job = jobs_[index];
       const int64_t first = element_at(index, begin);
       const int64_t last = element_at(index, end);
       if (first < last) {
-        const CastFn cast = kernels.find(job.src_dtype, job.dst_dtype, store_of(job));
-        cast(static_cast<const char*>(job.src) + first * size_of(job.src_dtype),
-             static_cast<char*>(job.dst) + first * size_of(job.dst_dtype), last - first);
+        job.audit == nullptr ? cast(job, first, last, kernels) : audited_cast(job, first, last, kernels);
       }
     }
   }
 
  private:
+  void cast(const Job& job, int64_t first, int64_t last, const Kernels& kernels) const {
+    const CastFn cast = kernels.find(job.src_dtype, job.dst_dtype, store_of(job));
+    cast(static_cast<const char*>(job.src) + first * size_of(job.src_dtype),
+         static_cast<char*>(job.dst) + first * size_of(job.dst_dtype), last - first);
+  }
+
+  void audited_cast(const Job& job, int64_t first, int64_t last, const Kernels& kernels) {
+    const AuditFn count = kernels.find_audit(job.src_dtype, job.dst_dtype);
+    Audit audit;
+    for (int64_t begin = first; begin < last; begin += kAuditedElements) {
+      const int64_t end = std::min(begin + kAuditedElements, last);
+      count(static_cast<const char*>(job.src) + begin * size_of(job.src_dtype), end - begin, audit);
+      cast(job, begin, end, kernels);
+    }
+    const std::scoped_lock lock(audits_);
+    job.audit->add(audit);
+  }
+
   static int64_t bytes_written(const Job& job) { return job.count * size_of(job.dst_dtype); }
 
   static int64_t bytes_per_element(const Job& job) { return size_of(job.src_dtype) + size_of(job.dst_dtype); }
@@ -82,13 +100,14 @@ class Line {
 
   std::span<const Job> jobs_;
   std::vector<int64_t> ends_;
-  bool streams_;  // Note [Streaming]
+  bool streams_;       // Note [Streaming]
+  std::mutex audits_;  // guards what the jobs' `audit` point to
 };
 
 }  // namespace
 
 void run(std::span<const Job> jobs, const Kernels& kernels, int64_t threads, const Parallel& parallel) {
-  const Line line(jobs);
+  Line line(jobs);
   const int64_t length = line.length();
   if (threads <= 1 || length <= kSerialCost) {
     line.run(0, length, kernels);

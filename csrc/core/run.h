@@ -16,6 +16,7 @@ struct Job {
   int64_t count;
   DType src_dtype;
   DType dst_dtype;
+  Audit* audit = nullptr;  // where the cast is counted, if it is to be; several jobs may share one
 };
 
 // Calls `task(i)` for every i in [0, tasks), on as many threads as it sees fit, and returns when all are done.

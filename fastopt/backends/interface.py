@@ -16,6 +16,9 @@ class Rules(Protocol):
     memo: dict[int, Any] | None
     """The memo of `copy.deepcopy` where the optimizer must share nothing with the saved dict; None where it may."""
 
+    audits: bool
+    """Whether casts from one dtype to another are audited."""
+
     @property
     def rule_of(self) -> Callable[[Any, bool], tuple[Any, Any]] | None:
         """State key, whether the tensor's own key is `"step"` -> (dtype, device), as `fastopt.policy.Rule` has them.
@@ -46,6 +49,9 @@ class Rules(Protocol):
             copied: how many of those were copied without a cast.
             shared: tensors taken over as they are.
         """
+
+    def count_audits(self, audits: Sequence[tuple[Any, torch.dtype, torch.dtype, *tuple[float, ...]]]) -> None:
+        """Adds what a backend audited by itself: (state key, from, to, and the fields of `AuditCount`)."""
 
 
 class Backend(Protocol):

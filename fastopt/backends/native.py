@@ -50,13 +50,16 @@ def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], 
     if not _is_exactly_a_dict(saved_state):
         return python.cast_state(saved_state, id_map, rules)
     state: State = defaultdict(dict)
-    walked = _C.cast_state(saved_state, id_map, rules.hosted_on_device or None, rules.rule_of, rules.memo, state)
+    walked = _C.cast_state(
+        saved_state, id_map, rules.hosted_on_device or None, rules.rule_of, rules.memo, state, rules.audits
+    )
     if walked is None:  # too odd for the native walk: what it has begun is dropped
         if rules.memo is not None:
             rules.memo.clear()
         return python.cast_state(saved_state, id_map, rules)
-    deferred, casts, copied, shared = walked
+    deferred, casts, copied, shared, audits = walked
     rules.count(casts, copied, shared)
+    rules.count_audits(audits)
     for container, slot, param, value, saved_id, key, state_key in deferred:
         if param is None:
             container[slot] = rules.unclaimed(saved_id, value)

@@ -1,0 +1,137 @@
+// The audit of a cast, in loops that a compiler vectorises for the target of the file that includes this (as
+// cast_loop.h, and for the same reason all of it has internal linkage).
+//
+// Note [Ordinary blocks]
+// Nearly all values of nearly all states are ordinary: finite, and normal in the new dtype. So a block is first looked
+// at as a whole: its largest and smallest result, and whether any error is larger than the largest so far. Only where
+// that says that something is not ordinary are its values counted one by one.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "audit.h"
+#include "scalar.h"
+
+namespace fastopt {
+namespace {
+
+constexpr int64_t kAuditedBlock = 512;
+
+// The dtype in which values are compared before and after.
+template <class Src>
+using Wide = std::conditional_t<std::is_same_v<Src, double>, double, float>;
+
+template <class W>
+using BitsOf = std::conditional_t<std::is_same_v<W, double>, uint64_t, uint32_t>;
+
+template <class W>
+BitsOf<W> magnitude(W value) {
+  return std::bit_cast<BitsOf<W>>(value) & (std::numeric_limits<BitsOf<W>>::max() >> 1);
+}
+
+template <class W>
+constexpr BitsOf<W> kInfinity = std::bit_cast<BitsOf<W>>(std::numeric_limits<W>::infinity());
+
+// The smallest normal number of a dtype.
+template <class T, class W>
+constexpr W kSmallestNormal = std::numeric_limits<T>::min();
+template <class W>
+constexpr W kSmallestNormal<bfloat16, W> = std::numeric_limits<float>::min();
+template <class W>
+constexpr W kSmallestNormal<float16, W> = W{0x1p-14};
+
+template <class Src, class Dst>
+constexpr bool kExact = std::is_same_v<Dst, double> || (std::is_same_v<Dst, float> && !std::is_same_v<Src, double>);
+
+template <class Src>
+Wide<Src> value_at(const char* src, int64_t index) {
+  Src value;
+  std::memcpy(&value, src + index * static_cast<int64_t>(sizeof(Src)), sizeof(Src));
+  if constexpr (std::is_same_v<Src, double>) {
+    return value;
+  } else {
+    return to_float(value);
+  }
+}
+
+// As the kernels cast it: through float32 (Note [Rounding]).
+template <class Dst, class W>
+W after_cast(W value) {
+  Dst result;
+  from_float(to_float(value), result);
+  return static_cast<W>(to_float(result));
+}
+
+template <class Src, class Dst>
+bool is_ordinary(const char* src, int64_t count, Wide<Src> largest_error) {
+  using W = Wide<Src>;
+  BitsOf<W> largest = 0;
+  BitsOf<W> smallest = std::numeric_limits<BitsOf<W>>::max();
+  BitsOf<W> worse = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const W before = value_at<Src>(src, i);
+    if constexpr (kExact<Src, Dst>) {
+      largest = std::max(largest, magnitude(before));
+    } else {
+      const W after = after_cast<Dst>(before);
+      largest = std::max(largest, magnitude(after));
+      smallest = std::min(smallest, magnitude(after));
+      worse |= static_cast<BitsOf<W>>(std::abs(before - after) > largest_error * std::abs(before));
+    }
+  }
+  constexpr auto normal = std::bit_cast<BitsOf<W>>(kSmallestNormal<Dst, W>);
+  return largest < kInfinity<W> && (kExact<Src, Dst> || (smallest >= normal && worse == 0));
+}
+
+template <class Src, class Dst>
+void count_one_by_one(const char* src, int64_t count, Audit& audit) {
+  using W = Wide<Src>;
+  for (int64_t i = 0; i < count; ++i) {
+    const W before = value_at<Src>(src, i);
+    const auto from = magnitude(before);
+    audit.nan += from > kInfinity<W>;
+    audit.inf += from == kInfinity<W>;
+    if constexpr (!kExact<Src, Dst>) {
+      const W after = after_cast<Dst>(before);
+      const auto to = magnitude(after);
+      const bool is_finite = from < kInfinity<W> && to < kInfinity<W>;
+      audit.overflowed += from < kInfinity<W> && to == kInfinity<W>;
+      audit.underflowed += from != 0 && to == 0;
+      audit.subnormal +=
+          to != 0 && std::abs(after) < kSmallestNormal<Dst, W> && std::abs(before) >= kSmallestNormal<Src, W>;
+      if (is_finite && to != 0) {
+        const auto error = static_cast<double>(std::abs(before - after) / std::abs(before));
+        audit.largest_error = std::max(audit.largest_error, error);
+      }
+    }
+  }
+}
+
+template <class Src, class Dst>
+void audit_cast(const void* src, int64_t count, Audit& audit) {
+  const char* from = static_cast<const char*>(src);
+  audit.values += count;
+  for (int64_t begin = 0; begin < count; begin += kAuditedBlock) {
+    const char* block = from + begin * static_cast<int64_t>(sizeof(Src));
+    const int64_t size = std::min(kAuditedBlock, count - begin);
+    if (!is_ordinary<Src, Dst>(block, size, static_cast<Wide<Src>>(audit.largest_error))) {
+      count_one_by_one<Src, Dst>(block, size, audit);
+    }
+  }
+}
+
+template <class Src>
+constexpr std::array<AuditFn, kDTypes> audits_from() {
+  return {audit_cast<Src, float>, audit_cast<Src, bfloat16>, audit_cast<Src, float16>, audit_cast<Src, double>,
+          nullptr};
+}
+
+}  // namespace
+}  // namespace fastopt
