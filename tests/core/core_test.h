@@ -45,6 +45,7 @@ struct Test {
   }
 
 // One list a file; main.cpp runs them in the order of the files' names.
+std::span<const Test> audit_tests();
 std::span<const Test> cpu_target_tests();
 std::span<const Test> cutting_tests();
 std::span<const Test> kernels_tests();

@@ -48,7 +48,7 @@ constexpr std::array<CastFn, kDTypes> marks_from() {
 
 constexpr Kernels::Table kMarks{marks_from<4>(), marks_from<2>(), marks_from<2>(), marks_from<8>(), marks_from<1>()};
 
-constexpr Kernels kMarking{"marking", {kMarks, kMarks}};
+constexpr Kernels kMarking{"marking", {kMarks, kMarks}, {}};
 
 // Kernels that count the bytes that go through the cache and past it.
 std::atomic<int64_t> cached_bytes;
@@ -62,7 +62,8 @@ constexpr Kernels::Table counting_bytes(CastFn count) {
 
 constexpr Kernels kCountingBytes{"counting",
                                  {counting_bytes([](const void*, void*, int64_t count) { cached_bytes += count; }),
-                                  counting_bytes([](const void*, void*, int64_t count) { streamed_bytes += count; })}};
+                                  counting_bytes([](const void*, void*, int64_t count) { streamed_bytes += count; })},
+                                 {}};
 
 class MarkedBatch {
  public:

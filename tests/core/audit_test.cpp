@@ -1,0 +1,135 @@
+// Audits, held to what the kernels make of each value.
+#include "audit.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <span>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core_test.h"
+#include "cpu_target.h"
+#include "dtype.h"
+#include "kernels.h"
+#include "run.h"
+
+namespace core_test {
+namespace {
+
+using fastopt::Audit;
+using fastopt::DType;
+using fastopt::Job;
+using fastopt::Kernels;
+
+constexpr int64_t kValues = 300'000;
+constexpr int64_t kPeriod = 1009;  // values of the first so many are odd ones, the others ordinary
+
+void fill(char* at, int64_t count) {
+  constexpr std::array<float, 8> odd{
+      0.0f,  1e-30f,    -1e30f, std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
+      1e-5f, -70000.0f, 1e-40f};
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t place = i % kPeriod;
+    const float value = place < 8 ? odd[static_cast<size_t>(place)] : 1.0f + static_cast<float>(place) / 4096.0f;
+    std::memcpy(at + i * 4, &value, 4);
+  }
+}
+
+// One value after the other, by the kernels' own results.
+Audit expected(const char* src, int64_t count, const Kernels& kernels) {
+  Audit audit;
+  for (int64_t i = 0; i < count; ++i) {
+    float before;
+    float after;
+    uint16_t half;
+    std::memcpy(&before, src + i * 4, 4);
+    kernels.find(DType::Float32, DType::Float16)(&before, &half, 1);
+    kernels.find(DType::Float16, DType::Float32)(&half, &after, 1);
+    audit.values += 1;
+    audit.nan += std::isnan(before);
+    audit.inf += std::isinf(before);
+    audit.overflowed += std::isfinite(before) && std::isinf(after);
+    audit.underflowed += before != 0 && after == 0;
+    audit.subnormal += after != 0 && std::abs(after) < 0x1p-14f && std::abs(before) >= 0x1p-126f;
+    if (std::isfinite(before) && std::isfinite(after) && after != 0) {
+      audit.largest_error = std::max(audit.largest_error, static_cast<double>(std::abs((before - after) / before)));
+    }
+  }
+  return audit;
+}
+
+void check_same(const Audit& actual, const Audit& wanted, const std::string& target) {
+  const auto is = [&](const char* name, auto one, auto other) {
+    check(one == other, target, ": ", name, " is ", one, " and not ", other);
+  };
+  is("values", actual.values, wanted.values);
+  is("overflowed", actual.overflowed, wanted.overflowed);
+  is("underflowed", actual.underflowed, wanted.underflowed);
+  is("subnormal", actual.subnormal, wanted.subnormal);
+  is("nan", actual.nan, wanted.nan);
+  is("inf", actual.inf, wanted.inf);
+  check(std::abs(actual.largest_error / wanted.largest_error - 1) < 1e-6, target, ": error ", actual.largest_error);
+}
+
+void in_threads(int64_t tasks, const std::function<void(int64_t)>& task) {
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < tasks; ++i) {
+    threads.emplace_back(task, i);
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+}
+
+void test_threads_audit_every_value_once() {
+  for (const std::string& target : fastopt::cpu_targets()) {
+    fastopt::use_cpu_target(target);
+    const Kernels& kernels = fastopt::kernels();
+    const Buffer src(4 * kValues, /*offset=*/3);
+    const Buffer dst(2 * kValues);
+    fill(src.data(), kValues);
+    const int64_t first = 100'001;
+    Audit audit;
+    const std::array jobs{
+        Job{src.data(), dst.data(), first, DType::Float32, DType::Float16, &audit},
+        Job{src.data() + 4 * first, dst.data() + 2 * first, kValues - first, DType::Float32, DType::Float16, &audit}};
+    fastopt::run(jobs, kernels, 4, in_threads);
+    check_same(audit, expected(src.data(), kValues, kernels), target);
+  }
+}
+
+void test_an_audit_of_few_values_reads_no_byte_too_many() {
+  for (const std::string& target : fastopt::cpu_targets()) {
+    fastopt::use_cpu_target(target);
+    const Kernels& kernels = fastopt::kernels();
+    for (int64_t count = 1; count < 70; ++count) {
+      const Buffer src(4 * count, /*offset=*/1);
+      fill(src.data(), count);
+      Audit audit;
+      kernels.find_audit(DType::Float32, DType::Float16)(src.data(), 0, audit);
+      kernels.find_audit(DType::Float32, DType::Float16)(src.data(), count, audit);
+      if (count > 8) {
+        check_same(audit, expected(src.data(), count, kernels), target);
+      }
+      check(audit.values == count, target, ": ", audit.values, " of ", count);
+    }
+  }
+}
+
+}  // namespace
+
+std::span<const Test> audit_tests() {
+  static constexpr std::array kTests{
+      TEST(test_threads_audit_every_value_once),
+      TEST(test_an_audit_of_few_values_reads_no_byte_too_many),
+  };
+  return kTests;
+}
+
+}  // namespace core_test
