@@ -27,8 +27,10 @@ def interrupted(call, at):
         name = frame.f_code.co_filename
         if not (name.startswith(PACKAGE) or name == TORCHS):
             return None
-        # Python looks for signals where a function begins and after a call: not between `finally` and its first line.
-        if event == "line" and linecache.getline(name, frame.f_lineno).strip() != "gc.enable()":
+        # Python looks for signals where a function begins and after a call: not between the last call of a block and the
+        # `__exit__` of its `with`, or the first call of its `finally`.
+        line = linecache.getline(name, frame.f_lineno).strip()
+        if event == "line" and not line.startswith(("with ", "gc.enable()")):
             lines += 1
             if lines == at:
                 raise KeyboardInterrupt
@@ -83,6 +85,7 @@ def test_an_interruption_leaves_all_or_nothing(name):
             before = fingerprint(optimizer)
             error = interrupted(lambda optimizer=optimizer: act(optimizer, saved), at)
             assert gc.isenabled()
+            assert torch.is_grad_enabled()
             assert fingerprint(saved) == given
             if error is None:
                 break
