@@ -2,6 +2,7 @@
 
 from fastopt.backends import BackendInfo, backend
 from fastopt.batch import copy_, to
+from fastopt.matching import match
 from fastopt.patch import install, installed, uninstall
 from fastopt.report import LoadReport
 from fastopt.snapshot import Snapshot, snapshot
@@ -17,6 +18,7 @@ __all__ = [
     "install",
     "installed",
     "load_state_dict",
+    "match",
     "snapshot",
     "state_dict",
     "to",

@@ -15,7 +15,7 @@ PYTHON_LAYERS = (
     ("fastopt.cli",),
     ("fastopt",),
     ("fastopt.patch",),
-    ("fastopt.snapshot",),
+    ("fastopt.matching", "fastopt.snapshot"),
     ("fastopt.batch", "fastopt.state_dict"),
     ("fastopt.inplace",),
     ("fastopt.casting",),
