@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from fastopt.backends.interface import Group
+from fastopt.collector import paused_collector
 from fastopt.errors import describe_tensor, note_wrong_arguments
 from fastopt.state_dict import StateDict, pack_group
 
@@ -77,22 +78,29 @@ def match(
     if by != "name":
         raise ValueError(f"match: by={by!r}; parameters are matched by 'name'")
     try:
-        groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-        names = names_in_optimizer(groups, named_parameters)
-        saved = list(saved_parameters(saved_groups))
-        by_name = renamed(saved, rename)
-        state, problems = renumbered(state_dict["state"], optimizer, names, saved, by_name)
-        new_groups, disagreements = regrouped(saved_groups, groups, names, by_name)
+        with paused_collector():
+            result, problems = matched(state_dict, optimizer, rename, named_parameters)
     except Exception as error:
         note_wrong_arguments(error, optimizer, state_dict)
         raise
-    problems = [*differences(names, by_name), *problems, *disagreements, *unused_renames(saved, rename)]
     if strict and problems:
-        raise ValueError(
-            "match: the state dict does not fit the optimizer (strict=False takes what fits):\n  "
-            + "\n  ".join(problems)
-        )
-    return {**state_dict, "state": state, "param_groups": new_groups}
+        heading = "match: the state dict does not fit the optimizer (strict=False takes what fits):"
+        raise ValueError("\n  ".join([heading, *problems]))
+    return result
+
+
+def matched(
+    state_dict: StateDict, optimizer: Optimizer, rename: Rename | None, named_parameters: NamedParameters | None
+) -> tuple[StateDict, list[str]]:
+    """The state dict that fits as far as it can, and what does not fit."""
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    names = names_in_optimizer(groups, named_parameters)
+    saved = list(saved_parameters(saved_groups))
+    by_name = renamed(saved, rename)
+    state, unclaimed = renumbered(state_dict["state"], optimizer, names, saved, by_name)
+    new_groups, disagreements = regrouped(saved_groups, groups, names, by_name)
+    result = {**state_dict, "state": state, "param_groups": new_groups}
+    return result, [*differences(names, by_name), *unclaimed, *disagreements, *unused_renames(saved, rename)]
 
 
 # ---- names ----
@@ -104,9 +112,7 @@ def names_in_optimizer(groups: Sequence[Group], named_parameters: NamedParameter
         names = [present_names(index, group) for index, group in enumerate(groups)]
     else:
         names = given_names(groups, named_parameters)
-    everyone = list(zip(chain.from_iterable(names), chain.from_iterable(g["params"] for g in groups), strict=True))
-    unique(everyone, "match: the name {key!r} stands twice in the optimizer")
-    unique(swapped(everyone), "match: a parameter stands twice in the optimizer: as {first!r} and {second!r}")
+    check_unique("the optimizer", list(chain.from_iterable(names)), [p for group in groups for p in group["params"]])
     return names
 
 
@@ -124,8 +130,8 @@ def present_names(index: int, group: Group) -> list[str]:
 def given_names(groups: Sequence[Group], named_parameters: NamedParameters) -> list[list[str]]:
     """The names that the optimizer's parameters have among those given."""
     pairs = list(named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters)
-    unique(pairs, "match: the name {key!r} stands twice in named_parameters")
-    name_of = unique(swapped(pairs), "match: a parameter stands twice in named_parameters: as {first!r} and {second!r}")
+    check_unique("named_parameters", [name for name, _ in pairs], [param for _, param in pairs])
+    name_of = {param: name for name, param in pairs}
     nameless = [
         f"parameter {position} of param group {index} ({describe_tensor(param)})"
         for index, group in enumerate(groups)
@@ -168,13 +174,12 @@ def parallel(names: list[str], params: Sequence[Any], place: str) -> list[str]:
 
 def renamed(saved: Sequence[Saved], rename: Rename | None) -> dict[str, Saved]:
     """The saved parameters by their new names."""
-    unique(((one.name, one.id) for one in saved), "match: the name {key!r} stands twice in the saved groups")
-    unique(
-        ((one.id, one.name) for one in saved), "match: the saved id {key!r} stands twice: as {first!r} and {second!r}"
-    )
-    new_name = renaming(rename)
-    pairs = ((new_name(one.name), one) for one in saved)
-    return unique(pairs, "match: rename makes {key!r} of both {first.name!r} and {second.name!r}")
+    names = [one.name for one in saved]
+    check_unique("the saved groups", names, [one.id for one in saved])
+    new_names = list(map(renaming(rename), names))
+    if clash := first_clash(new_names, names):
+        raise ValueError("match: rename makes {!r} of both {!r} and {!r}".format(*clash))
+    return dict(zip(new_names, saved, strict=True))
 
 
 def renaming(rename: Rename | None) -> Callable[[str], str]:
@@ -187,29 +192,33 @@ def renaming(rename: Rename | None) -> Callable[[str], str]:
         return rename
     if any(isinstance(pair, str) for pair in rename):
         raise TypeError(f"match: rename={rename!r} is no sequence of pairs (regular expression, replacement)")
-    return lambda name: substituted(name, rename)
+    patterns = [(re.compile(pattern), replacement) for pattern, replacement in rename]
+
+    def substituted(name: str) -> str:
+        for pattern, replacement in patterns:
+            name = pattern.sub(replacement, name)
+        return name
+
+    return substituted
 
 
-def substituted(name: str, pairs: Sequence[tuple[str | re.Pattern[str], str]]) -> str:
-    """The name after all replacements."""
-    for pattern, replacement in pairs:
-        name = re.sub(pattern, replacement, name)
-    return name
+def check_unique(place: str, names: Sequence[str], params: Sequence[Any]) -> None:
+    """Raise a ValueError where a name stands twice, or a parameter (or the id of one)."""
+    if clash := first_clash(names, names):
+        raise ValueError(f"match: the name {clash[0]!r} stands twice in {place}")
+    if clash := first_clash(params, names):
+        raise ValueError("match: one parameter stands twice in {}: as {!r} and {!r}".format(place, *clash[1:]))
 
 
-def unique(pairs: Iterable[tuple[Key, Value]], text: str) -> dict[Key, Value]:
-    """A dict of the pairs; where a key stands twice, an error of this text about `key` and its values."""
-    found: dict[Key, Value] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(text.format(key=key, first=found[key], second=value))
-        found[key] = value
-    return found
-
-
-def swapped(pairs: Iterable[tuple[Key, Value]]) -> Iterator[tuple[Value, Key]]:
-    """The pairs, the second item first."""
-    return ((second, first) for first, second in pairs)
+def first_clash(keys: Sequence[Key], labels: Sequence[Value]) -> tuple[Key, Value, Value] | None:
+    """The first key that stands twice, and the labels of both places."""
+    if len(set(keys)) < len(keys):
+        seen: dict[Key, Value] = {}
+        for key, label in zip(keys, labels, strict=True):
+            if key in seen:
+                return key, seen[key], label
+            seen[key] = label
+    return None
 
 
 # ---- state and groups ----

@@ -507,9 +507,14 @@ def test_what_stands_twice_or_not_in_parallel_is_an_error():
     unnamed = Bare([one, two], lr=0.5)
     for state_dict, optimizer, options, text in (
         (moments("a", "a"), bare("a"), {}, "the name 'a' stands twice in the saved groups"),
-        (moments("a", "b", params=[3, 3]), bare("a"), {}, "the saved id 3 stands twice: as 'a' and 'b'"),
+        (
+            moments("a", "b", params=[3, 3]),
+            bare("a"),
+            {},
+            "one parameter stands twice in the saved groups: as 'a' and 'b'",
+        ),
         (moments("a"), with_names(bare("a", "b"), "a", "a"), {}, "the name 'a' stands twice in the optimizer"),
-        (moments("a"), twice_in_the_optimizer(), {}, "a parameter stands twice in the optimizer: as 'a' and 'b'"),
+        (moments("a"), twice_in_the_optimizer(), {}, "one parameter stands twice in the optimizer: as 'a' and 'b'"),
         (
             moments("a"),
             unnamed,
@@ -520,7 +525,7 @@ def test_what_stands_twice_or_not_in_parallel_is_an_error():
             moments("a"),
             unnamed,
             {"named_parameters": [("a", one), ("b", two), ("c", one)]},
-            "a parameter stands twice in named_parameters: as 'a' and 'c'",
+            "one parameter stands twice in named_parameters: as 'a' and 'c'",
         ),
         (moments("a", params=[0, 1]), bare("a"), {}, "saved param group 0 has 2 params, but 1 param_names"),
         (moments("a"), with_names(bare("a"), "a", "b"), {}, "group 0 of the optimizer has 1 params, but 2 param_names"),
