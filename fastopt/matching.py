@@ -73,6 +73,7 @@ def match(
         ValueError: with `strict`, the dict does not fit; the text lists every problem.
         ValueError: a side has no names, or a name or a parameter stands twice, or `rename` makes two names one.
         ValueError: `by` is not `"name"`.
+        TypeError: `rename` is a str, or one pair instead of a sequence of them.
         KeyError: `"state"`, `"param_groups"` or a group's `"params"` is missing.
     """
     if by != "name":
@@ -315,13 +316,9 @@ def differences(names: list[list[str]], by_name: Mapping[str, Saved]) -> Iterato
     if missing:
         yield f"in the optimizer, but not in the state dict: {listed(missing)}"
     if unexpected:
-        labels = (repr(name) + origin_of(name, by_name[name]) for name in unexpected)
+        origins = ((name, by_name[name].name) for name in unexpected)
+        labels = (repr(new) if new == old else f"{new!r} (saved as {old!r})" for new, old in origins)
         yield f"in the state dict, but not in the optimizer: {', '.join(labels)}"
-
-
-def origin_of(name: str, saved: Saved) -> str:
-    """A remark on a name that is no longer the saved one."""
-    return "" if name == saved.name else f" (saved as {saved.name!r})"
 
 
 def unused_renames(saved: Sequence[Saved], rename: Rename | None) -> Iterator[str]:
