@@ -3,6 +3,7 @@
 from fastopt.audit import AuditCount
 from fastopt.backends import BackendInfo, backend
 from fastopt.batch import copy_, to
+from fastopt.matching import match
 from fastopt.patch import install, installed, uninstall
 from fastopt.recast import cast_state, to_device
 from fastopt.report import LoadReport
@@ -21,6 +22,7 @@ __all__ = [
     "install",
     "installed",
     "load_state_dict",
+    "match",
     "snapshot",
     "state_dict",
     "to",

@@ -27,8 +27,8 @@ def interrupted(call, at):
         name = frame.f_code.co_filename
         if not (name.startswith(PACKAGE) or name == TORCHS):
             return None
-        # Python looks for signals where a function begins and after a call: not between the last call of a block and the
-        # `__exit__` of its `with`, or the first call of its `finally`.
+        # Python looks for signals where a function begins and after a call: not between the last call of a block and
+        # the `__exit__` of its `with`, or the first call of its `finally`.
         line = linecache.getline(name, frame.f_lineno).strip()
         if event == "line" and not line.startswith(("with ", "gc.enable()")):
             lines += 1

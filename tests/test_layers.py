@@ -15,7 +15,7 @@ PYTHON_LAYERS = (
     ("fastopt.cli",),
     ("fastopt",),
     ("fastopt.patch",),
-    ("fastopt.recast", "fastopt.snapshot"),
+    ("fastopt.matching", "fastopt.recast", "fastopt.snapshot"),
     ("fastopt.batch", "fastopt.state_dict"),
     ("fastopt.donation", "fastopt.inplace"),
     ("fastopt.casting",),

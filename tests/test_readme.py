@@ -29,7 +29,7 @@ def test_the_blocks_run_in_order(
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
     blocks = blocks_of("python")
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     try:
         for number, block in enumerate(blocks, start=1):
             exec(compile(block, f"block {number} of {README.name}", "exec"), namespace)

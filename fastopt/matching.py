@@ -1,0 +1,335 @@
+"""A saved state for an optimizer whose parameters stand in other places by now, found by their names."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count
+from numbers import Integral
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch.optim import Optimizer
+
+from fastopt.backends.interface import Group
+from fastopt.collector import paused_collector
+from fastopt.errors import describe_tensor, note_wrong_arguments
+from fastopt.state_dict import StateDict, pack_group
+
+Rename = Mapping[str, str] | Callable[[str], str] | Sequence[tuple[str | re.Pattern[str], str]]
+NamedParameters = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+
+OWN_KEYS = ("param_names", "params")
+"""What a group holds besides hyperparameters; in the result it is the optimizer's."""
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class Saved(NamedTuple):
+    """A parameter of the saved dict."""
+
+    name: str
+    id: Any
+    group: int
+
+
+def match(
+    state_dict: StateDict,
+    optimizer: Optimizer,
+    *,
+    by: str = "name",
+    rename: Rename | None = None,
+    strict: bool = True,
+    named_parameters: NamedParameters | None = None,
+) -> StateDict:
+    """Make a saved state dict fit an optimizer whose parameters were reordered, regrouped, added, removed or renamed.
+
+    The result has the optimizer's groups, and numbers the parameters as its own state dict would: `load_state_dict`
+    takes it, torch's and fastopt's. In a pre-hook of loading, this happens by itself:
+    `optimizer.register_load_state_dict_pre_hook(lambda optimizer, state_dict: fastopt.match(state_dict, optimizer))`.
+
+    Hyperparameters: a group takes each one from the saved groups of its matched parameters, where those agree. Where
+    they differ, or some of them lack it, that is a problem; without `strict` the group keeps its present value. A group
+    none of whose parameters was saved keeps all of its hyperparameters.
+
+    Args:
+        state_dict: a state dict with the names of its parameters: `"param_names"` in each group, as torch writes them
+            for an optimizer built from named parameters, or ids that are names themselves. Not changed.
+        optimizer: the optimizer to fit. Not changed.
+        by: what to match by; `"name"`, and nothing else so far.
+        rename: new names for the saved ones: a dict, a function, or pairs of a regular expression and a replacement,
+            applied in their order by `re.sub`, as `[(r"^module\\.", "")]`.
+        strict: whether a problem is an error: a parameter that only one side has, hyperparameters that disagree, state
+            under an int that is the id of no saved parameter, a key of the dict `rename` that is no saved name. If not,
+            a parameter that was not saved keeps the state that it has now, and what has no place is dropped.
+        named_parameters: the names of the optimizer's parameters, as `model.named_parameters()` gives them; others may
+            be among them. None: the `"param_names"` of the optimizer's groups.
+
+    Returns:
+        A new dict. The state of each parameter is the same object as in `state_dict` or, where it was not saved, in the
+        optimizer; no tensor is copied. A saved parameter without state has none. State under a key that is no int and
+        belongs to no group is kept, and so are other entries of `state_dict`.
+
+    Raises:
+        ValueError: with `strict`, the dict does not fit; the text lists every problem.
+        ValueError: a side has no names, or a name or a parameter stands twice, or `rename` makes two names one.
+        ValueError: `by` is not `"name"`.
+        TypeError: `rename` is a str, or one pair instead of a sequence of them.
+        KeyError: `"state"`, `"param_groups"` or a group's `"params"` is missing.
+    """
+    if by != "name":
+        raise ValueError(f"match: by={by!r}; parameters are matched by 'name'")
+    try:
+        with paused_collector():
+            result, problems = matched(state_dict, optimizer, rename, named_parameters)
+    except Exception as error:
+        note_wrong_arguments(error, optimizer, state_dict)
+        raise
+    if strict and problems:
+        heading = "match: the state dict does not fit the optimizer (strict=False takes what fits):"
+        raise ValueError("\n  ".join([heading, *problems]))
+    return result
+
+
+def matched(
+    state_dict: StateDict, optimizer: Optimizer, rename: Rename | None, named_parameters: NamedParameters | None
+) -> tuple[StateDict, list[str]]:
+    """The state dict that fits as far as it can, and what does not fit."""
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    names = names_in_optimizer(groups, named_parameters)
+    saved = list(saved_parameters(saved_groups))
+    by_name = renamed(saved, rename)
+    state, unclaimed = renumbered(state_dict["state"], optimizer, names, saved, by_name)
+    new_groups, disagreements = regrouped(saved_groups, groups, names, by_name)
+    result = {**state_dict, "state": state, "param_groups": new_groups}
+    return result, [*differences(names, by_name), *unclaimed, *disagreements, *unused_renames(saved, rename)]
+
+
+# ---- names ----
+
+
+def names_in_optimizer(groups: Sequence[Group], named_parameters: NamedParameters | None) -> list[list[str]]:
+    """The names of the optimizer's parameters, by group."""
+    if named_parameters is None:
+        names = [present_names(index, group) for index, group in enumerate(groups)]
+    else:
+        names = given_names(groups, named_parameters)
+    check_unique("the optimizer", list(chain.from_iterable(names)), [p for group in groups for p in group["params"]])
+    return names
+
+
+def present_names(index: int, group: Group) -> list[str]:
+    """The names that the optimizer was built with."""
+    params = group["params"]
+    if params and "param_names" not in group:
+        raise ValueError(
+            f"match: param group {index} of the optimizer has no names; "
+            "pass named_parameters=model.named_parameters(), or build the optimizer from those"
+        )
+    return parallel(group.get("param_names", []), params, f"param group {index} of the optimizer")
+
+
+def given_names(groups: Sequence[Group], named_parameters: NamedParameters) -> list[list[str]]:
+    """The names that the optimizer's parameters have among those given."""
+    pairs = list(named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters)
+    check_unique("named_parameters", [name for name, _ in pairs], [param for _, param in pairs])
+    name_of = {param: name for name, param in pairs}
+    nameless = [
+        f"parameter {position} of param group {index} ({describe_tensor(param)})"
+        for index, group in enumerate(groups)
+        for position, param in enumerate(group["params"])
+        if param not in name_of
+    ]
+    if nameless:
+        raise ValueError(f"match: named_parameters has no name for the optimizer's {', '.join(nameless)}")
+    return [[name_of[param] for param in group["params"]] for group in groups]
+
+
+def saved_parameters(saved_groups: Sequence[Group]) -> Iterator[Saved]:
+    """All saved parameters in their order."""
+    for index, group in enumerate(saved_groups):
+        ids = group["params"]
+        for name, saved_id in zip(saved_names(index, group), ids, strict=True):
+            yield Saved(name, saved_id, index)
+
+
+def saved_names(index: int, group: Group) -> Sequence[str]:
+    """The names in a saved group."""
+    ids: Sequence[Any] = group["params"]
+    if "param_names" in group:
+        return parallel(group["param_names"], ids, f"saved param group {index}")
+    if not all(isinstance(saved_id, str) for saved_id in ids):
+        raise ValueError(
+            f"match: saved param group {index} has no names, as it was saved by an optimizer built from unnamed "
+            "parameters; build the optimizer from model.named_parameters() before saving, or put the names of its "
+            f'parameters, in their order, into state_dict["param_groups"][{index}]["param_names"]'
+        )
+    return ids
+
+
+def parallel(names: list[str], params: Sequence[Any], place: str) -> list[str]:
+    """The names, if there are as many as parameters."""
+    if len(names) != len(params):
+        raise ValueError(f"match: {place} has {len(params)} params, but {len(names)} param_names")
+    return names
+
+
+def renamed(saved: Sequence[Saved], rename: Rename | None) -> dict[str, Saved]:
+    """The saved parameters by their new names."""
+    names = [one.name for one in saved]
+    check_unique("the saved groups", names, [one.id for one in saved])
+    new_names = list(map(renaming(rename), names))
+    if clash := first_clash(new_names, names):
+        raise ValueError("match: rename makes {!r} of both {!r} and {!r}".format(*clash))
+    return dict(zip(new_names, saved, strict=True))
+
+
+def renaming(rename: Rename | None) -> Callable[[str], str]:
+    """The function from saved to new names."""
+    if rename is None:
+        return str
+    if isinstance(rename, Mapping):
+        return lambda name: rename.get(name, name)
+    if callable(rename):
+        return rename
+    if any(isinstance(pair, str) for pair in rename):
+        raise TypeError(f"match: rename={rename!r} is no sequence of pairs (regular expression, replacement)")
+    patterns = [(re.compile(pattern), replacement) for pattern, replacement in rename]
+
+    def substituted(name: str) -> str:
+        for pattern, replacement in patterns:
+            name = pattern.sub(replacement, name)
+        return name
+
+    return substituted
+
+
+def check_unique(place: str, names: Sequence[str], params: Sequence[Any]) -> None:
+    """Raise a ValueError where a name stands twice, or a parameter (or the id of one)."""
+    if clash := first_clash(names, names):
+        raise ValueError(f"match: the name {clash[0]!r} stands twice in {place}")
+    if clash := first_clash(params, names):
+        raise ValueError("match: one parameter stands twice in {}: as {!r} and {!r}".format(place, *clash[1:]))
+
+
+def first_clash(keys: Sequence[Key], labels: Sequence[Value]) -> tuple[Key, Value, Value] | None:
+    """The first key that stands twice, and the labels of both places."""
+    if len(set(keys)) < len(keys):
+        seen: dict[Key, Value] = {}
+        for key, label in zip(keys, labels, strict=True):
+            if key in seen:
+                return key, seen[key], label
+            seen[key] = label
+    return None
+
+
+# ---- state and groups ----
+
+
+def renumbered(
+    saved_state: Mapping[Any, Any],
+    optimizer: Optimizer,
+    names: list[list[str]],
+    saved: Sequence[Saved],
+    by_name: Mapping[str, Saved],
+) -> tuple[dict[Any, Any], list[str]]:
+    """The state by new index, and what in the saved one belongs to no parameter and cannot stay."""
+    state: dict[Any, Any] = {}
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    for index, (name, param) in enumerate(zip(chain.from_iterable(names), params, strict=True)):
+        origin = by_name.get(name)
+        if origin is None:
+            if param in optimizer.state:
+                state[index] = optimizer.state[param]
+        elif origin.id in saved_state:
+            state[index] = saved_state[origin.id]
+
+    ids = {one.id for one in saved}
+    unclaimed = [key for key in saved_state if key not in ids]
+    state.update((key, saved_state[key]) for key in unclaimed if not isinstance(key, Integral))
+    unexpected = [key for key in unclaimed if isinstance(key, Integral)]  # one may be a parameter's index by now
+    return state, [f"state under ids that stand in no saved group: {listed(unexpected)}"] if unexpected else []
+
+
+def regrouped(
+    saved_groups: Sequence[Group], groups: Sequence[Group], names: list[list[str]], by_name: Mapping[str, Saved]
+) -> tuple[list[Group], list[str]]:
+    """The optimizer's groups with saved hyperparameters, and where those disagree."""
+    numbers, new_groups, disagreements = count(), [], []
+    for index, (group, group_names) in enumerate(zip(groups, names, strict=True)):
+        origins = sorted({by_name[name].group for name in group_names if name in by_name})
+        merged, disputed = merge(group, {origin: saved_groups[origin] for origin in origins})
+        new_groups.append(pack_group(merged, [next(numbers) for _ in group_names]))
+        disagreements += [f"param group {index} would have {text}" for text in disputed]
+    return new_groups, disagreements
+
+
+def merge(group: Group, origins: Mapping[int, Group]) -> tuple[Group, list[str]]:
+    """The group with the hyperparameters of the saved groups that it comes from, and those that disagree."""
+    if not origins:
+        return group, []
+    first, *others = origins.values()
+    merged: Group = {}
+    disputed: list[str] = []
+    for key in dict.fromkeys(chain(first, *others, OWN_KEYS)):
+        own = key in OWN_KEYS
+        if not own and key in first and all(key in other and agree(first[key], other[key]) for other in others):
+            merged[key] = first[key]
+            continue
+        if key in group:
+            merged[key] = group[key]
+        if not own:
+            disputed.append(f"{key!r} = {' and '.join(claims(key, origins))}")
+    return merged, disputed
+
+
+def claims(key: str, origins: Mapping[int, Group]) -> Iterator[str]:
+    """What each saved group says of a hyperparameter."""
+    for index, group in origins.items():
+        yield f"{group[key]!r} (saved group {index})" if key in group else f"none (saved group {index})"
+
+
+def agree(one: Any, other: Any) -> bool:
+    """Whether two values of a hyperparameter are the same; values that cannot be compared are not."""
+    if one is other:
+        return True
+    try:
+        if isinstance(one, list | tuple):
+            return type(one) is type(other) and len(one) == len(other) and all(map(agree, one, other))
+        if isinstance(one, dict):
+            return one.keys() == other.keys() and all(agree(value, other[key]) for key, value in one.items())
+        equal = one == other
+        if hasattr(equal, "shape"):  # tensors and arrays compare item by item, and broadcast
+            return bool(one.shape == other.shape and equal.all())
+        return bool(equal)
+    except Exception:
+        return False
+
+
+# ---- problems ----
+
+
+def differences(names: list[list[str]], by_name: Mapping[str, Saved]) -> Iterator[str]:
+    """What only one side has."""
+    wanted = set(chain.from_iterable(names))
+    missing = [name for name in chain.from_iterable(names) if name not in by_name]
+    unexpected = [name for name in by_name if name not in wanted]
+    if missing:
+        yield f"in the optimizer, but not in the state dict: {listed(missing)}"
+    if unexpected:
+        origins = ((name, by_name[name].name) for name in unexpected)
+        labels = (repr(new) if new == old else f"{new!r} (saved as {old!r})" for new, old in origins)
+        yield f"in the state dict, but not in the optimizer: {', '.join(labels)}"
+
+
+def unused_renames(saved: Sequence[Saved], rename: Rename | None) -> Iterator[str]:
+    """Keys of a dict that are no saved names."""
+    if isinstance(rename, Mapping):
+        names = {one.name for one in saved}
+        unused = [key for key in rename if key not in names]
+        if unused:
+            yield f"in rename, but not in the state dict: {listed(unused)}"
+
+
+def listed(items: Iterable[Any]) -> str:
+    """All items, for an error."""
+    return ", ".join(map(repr, items))
