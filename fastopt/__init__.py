@@ -3,6 +3,7 @@
 from fastopt.audit import AuditCount
 from fastopt.backends import BackendInfo, backend
 from fastopt.batch import copy_, to
+from fastopt.inspection import Diff, Problem, Summary, check, diff, summary
 from fastopt.matching import match
 from fastopt.patch import install, installed, uninstall
 from fastopt.recast import cast_state, to_device
@@ -13,11 +14,16 @@ from fastopt.state_dict import id_map, load_state_dict, state_dict
 __all__ = [
     "AuditCount",
     "BackendInfo",
+    "Diff",
     "LoadReport",
+    "Problem",
     "Snapshot",
+    "Summary",
     "backend",
     "cast_state",
+    "check",
     "copy_",
+    "diff",
     "id_map",
     "install",
     "installed",
@@ -25,6 +31,7 @@ __all__ = [
     "match",
     "snapshot",
     "state_dict",
+    "summary",
     "to",
     "to_device",
     "uninstall",

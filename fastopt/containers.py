@@ -37,3 +37,20 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, Iterable) and not (isinstance(value, Set) or is_leaf(value)):
         for item in value:
             yield from tensors_of(item)
+
+
+def agree(one: Any, other: Any) -> bool:
+    """Whether two values are the same; NaNs are, and values that cannot be compared are not."""
+    if one is other:
+        return True
+    try:
+        if isinstance(one, list | tuple):
+            return type(one) is type(other) and len(one) == len(other) and all(map(agree, one, other))
+        if isinstance(one, dict):
+            return one.keys() == other.keys() and all(agree(value, other[key]) for key, value in one.items())
+        equal = one == other
+        if hasattr(equal, "shape"):  # tensors and arrays compare item by item, and broadcast
+            return bool(one.shape == other.shape and equal.all())
+        return bool(equal) or bool(one != one and other != other)
+    except Exception:
+        return False

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fastopt.backends.interface import Group
 from fastopt.collector import paused_collector
+from fastopt.containers import agree
 from fastopt.errors import describe_tensor, note_wrong_arguments
 from fastopt.state_dict import StateDict, pack_group
 
@@ -286,23 +287,6 @@ def claims(key: str, origins: Mapping[int, Group]) -> Iterator[str]:
     """What each saved group says of a hyperparameter."""
     for index, group in origins.items():
         yield f"{group[key]!r} (saved group {index})" if key in group else f"none (saved group {index})"
-
-
-def agree(one: Any, other: Any) -> bool:
-    """Whether two values of a hyperparameter are the same; values that cannot be compared are not."""
-    if one is other:
-        return True
-    try:
-        if isinstance(one, list | tuple):
-            return type(one) is type(other) and len(one) == len(other) and all(map(agree, one, other))
-        if isinstance(one, dict):
-            return one.keys() == other.keys() and all(agree(value, other[key]) for key, value in one.items())
-        equal = one == other
-        if hasattr(equal, "shape"):  # tensors and arrays compare item by item, and broadcast
-            return bool(one.shape == other.shape and equal.all())
-        return bool(equal)
-    except Exception:
-        return False
 
 
 # ---- problems ----

@@ -2,12 +2,11 @@
 
 from torch.optim import Optimizer
 
-from fastopt.backends import current
 from fastopt.casting import Cast
 from fastopt.collector import paused_collector
 from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import LoadReport
-from fastopt.state_dict import id_map, pack_group
+from fastopt.state_dict import id_map, packed
 
 
 def to_device(optimizer: Optimizer, device: Devices = "param") -> LoadReport:
@@ -59,12 +58,10 @@ def cast_state(optimizer: Optimizer, policy: DTypes) -> LoadReport:
 def recast(optimizer: Optimizer, policy: Policy) -> LoadReport:
     """Give the optimizer's state the dtypes and devices of a policy."""
     with paused_collector():
-        groups = optimizer.param_groups
-        index_lists, live = current().index_state([group["params"] for group in groups], optimizer.state)
-        packed = [pack_group(group, indices) for group, indices in zip(groups, index_lists, strict=True)]
-        cast = Cast(optimizer, packed, copy=False, policy=policy)
+        live = packed(optimizer)
+        cast = Cast(optimizer, live["param_groups"], copy=False, policy=policy)
         cast.report.recast = True
-        state = cast.cast_state(live, id_map(packed, groups))
+        state = cast.cast_state(live["state"], id_map(live["param_groups"], optimizer.param_groups))
         if cast.report.emptied:
             raise ValueError(f"{cast.report.emptied} tensors would go to the meta device, which holds no values")
         cast.report.unused_patterns = cast.policy.unused()

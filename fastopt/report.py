@@ -1,21 +1,19 @@
 """What a load did, for people and for programs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fastopt.audit import AuditCount
+from fastopt.text import SHOWN, counted, dtype_name, duration, listed, size, some
 
 ENOUGH_FOR_A_RATE = 1_000_000
 """Bytes moved from which a rate is printed; with fewer, a load's time is not that of its bytes."""
 
 DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "row_var", "col_var")
 """State keys of second moments, by the root of which steps are divided, in torch's optimizers."""
-
-SHOWN = 5
-"""Entries of a list that are printed."""
 
 
 @dataclass
@@ -87,15 +85,15 @@ class LoadReport:
 
     def __str__(self) -> str:
         moved = self.bytes_read + self.bytes_written
-        rate = f", {_size(moved / self.seconds)}/s" if moved >= ENOUGH_FOR_A_RATE and self.seconds else ""
+        rate = f", {size(moved / self.seconds)}/s" if moved >= ENOUGH_FOR_A_RATE and self.seconds else ""
         done = "recast" if self.recast else "loaded"
         lines = [
-            f"{done} {_counted(self.tensors, 'tensor')} in {_time(self.seconds)} ({self.backend}): "
-            f"read {_size(self.bytes_read)}, wrote {_size(self.bytes_written)}{rate}"
+            f"{done} {counted(self.tensors, 'tensor')} in {duration(self.seconds)} ({self.backend}): "
+            f"read {size(self.bytes_read)}, wrote {size(self.bytes_written)}{rate}"
         ]
         for (source, target), count in self.casts.items():
             if source != target:
-                lines.append(f"  cast {count.tensors:,} from {_name(source)} to {_name(target)}")
+                lines.append(f"  cast {count.tensors:,} from {dtype_name(source)} to {dtype_name(target)}")
         if self.copied:
             lines.append(f"  copied {self.copied:,} unchanged")
         if self.shared:
@@ -106,19 +104,19 @@ class LoadReport:
         if self.replaced:
             places = [f"{place} of id {saved_id!r}" for saved_id, place in self.replaced[:SHOWN]]
             lines.append(
-                f"  replaced {len(self.replaced):,}, which had nothing to fill: {_listed(places, len(self.replaced))}"
+                f"  replaced {len(self.replaced):,}, which had nothing to fill: {listed(places, len(self.replaced))}"
             )
         if self.missing:
             indices = "index" if len(self.missing) == 1 else "indices"
-            lines.append(f"  no state for {_counted(len(self.missing), 'parameter')}: {indices} {_some(self.missing)}")
+            lines.append(f"  no state for {counted(len(self.missing), 'parameter')}: {indices} {some(self.missing)}")
         if self.unexpected:
-            lines.append(f"  state of no parameter, kept: {_some(self.unexpected)}")
+            lines.append(f"  state of no parameter, kept: {some(self.unexpected)}")
         if self.unused_patterns:
-            lines.append(f"  no key of the state fits {_some(self.unused_patterns)}, given in policy or device")
+            lines.append(f"  no key of the state fits {some(self.unused_patterns)}, given in policy or device")
         if self.emptied:
-            lines.append(f"  values lost to parameters on the meta device: {_counted(self.emptied, 'tensor')}")
+            lines.append(f"  values lost to parameters on the meta device: {counted(self.emptied, 'tensor')}")
         for (state_key, source, target), seen in (self.audit or {}).items():
-            lines += _audit_lines(state_key, f"{_name(source)} to {_name(target)}", seen)
+            lines += _audit_lines(state_key, f"{dtype_name(source)} to {dtype_name(target)}", seen)
         return "\n".join(lines)
 
 
@@ -133,44 +131,9 @@ def _audit_lines(state_key: Any, cast: str, seen: AuditCount) -> Iterator[str]:
     }
     counts = ", ".join(f"{count:,} {what}" for what, count in found.items() if count) or "none lost"
     yield (
-        f"  audit of {_counted(seen.values, 'value')} of {state_key}, {cast}: {counts}, "
+        f"  audit of {counted(seen.values, 'value')} of {state_key}, {cast}: {counts}, "
         f"largest relative error {seen.largest_error:.2g}"
     )
     if state_key in DIVISORS and seen.underflowed:
         vanished = f"{seen.underflowed:,} of it became zero"
         yield f"  WARNING: steps divide by the root of {state_key}, and {vanished}: they may explode"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def _size(count: float) -> str:
-    return _scaled(count, ("B", "kB", "MB", "GB"))
-
-
-def _time(seconds: float) -> str:
-    return _scaled(1e6 * seconds, ("us", "ms", "s"))
-
-
-def _scaled(value: float, units: Sequence[str]) -> str:
-    """Three digits of a value, in the first unit that has room for it; each unit is a thousand of the one before."""
-    for unit in units:
-        if value < 999.5:  # what rounds to a thousand would be printed as 1e+03
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{1000 * value:,.0f} {units[-1]}"
-
-
-def _some(items: Sequence[Any]) -> str:
-    return _listed([repr(item) for item in items[:SHOWN]], len(items))
-
-
-def _listed(shown: Sequence[str], count: int) -> str:
-    """The first of so many."""
-    text = ", ".join(shown)
-    return text if count <= len(shown) else f"{text} and {count - len(shown):,} more"

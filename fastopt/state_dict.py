@@ -47,16 +47,21 @@ def state_dict(optimizer: Optimizer) -> StateDict:
     for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
         pre_hook(optimizer)
 
-    groups = optimizer.param_groups
-    index_lists, packed_state = current().index_state([group["params"] for group in groups], optimizer.state)
-    packed_groups = [pack_group(group, indices) for group, indices in zip(groups, index_lists, strict=True)]
-    result: StateDict = {"state": packed_state, "param_groups": packed_groups}
+    result = packed(optimizer)
 
     for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
         hook_result = post_hook(optimizer, result)
         if hook_result is not None:
             result = hook_result
     return result
+
+
+def packed(optimizer: Optimizer) -> StateDict:
+    """The state dict as it is without hooks."""
+    groups = optimizer.param_groups
+    index_lists, packed_state = current().index_state([group["params"] for group in groups], optimizer.state)
+    packed_groups = [pack_group(group, indices) for group, indices in zip(groups, index_lists, strict=True)]
+    return {"state": packed_state, "param_groups": packed_groups}
 
 
 def pack_group(group: Group, indices: list[int]) -> Group:

@@ -15,7 +15,9 @@ PYTHON_LAYERS = (
     ("fastopt.cli",),
     ("fastopt",),
     ("fastopt.patch",),
-    ("fastopt.matching", "fastopt.recast", "fastopt.snapshot"),
+    ("fastopt.inspection", "fastopt.matching", "fastopt.recast", "fastopt.snapshot"),
+    ("fastopt.inspection.check", "fastopt.inspection.diff", "fastopt.inspection.summary"),
+    ("fastopt.inspection.places", "fastopt.inspection.values"),
     ("fastopt.batch", "fastopt.state_dict"),
     ("fastopt.donation", "fastopt.inplace"),
     ("fastopt.casting",),
@@ -31,6 +33,7 @@ PYTHON_LAYERS = (
         "fastopt.files",
         "fastopt.files.atomic",
         "fastopt.audit",
+        "fastopt.text",
     ),
     ("fastopt._C",),
 )

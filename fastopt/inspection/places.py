@@ -1,0 +1,54 @@
+"""What stands where in a state dict: its parameters, and the values of their state."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastopt.backends.interface import Group
+from fastopt.containers import is_leaf
+
+
+class Place(NamedTuple):
+    """A value of the state of a parameter."""
+
+    key: Any
+    """The key of the parameter's state; None where the state is no dict."""
+    path: str
+    """The way to it, for people: `exp_avg`, `old_dirs[3]`."""
+    value: Any
+    """A tensor, or whatever else is no container."""
+    is_nested: bool = False
+    """Whether it stands deeper than under the key."""
+
+
+def places(entry: Any) -> Iterator[Place]:
+    """All values of the state of a parameter, at any depth."""
+    if isinstance(entry, Mapping):
+        for key, value in entry.items():
+            if isinstance(value, Tensor):  # as nearly all are
+                yield Place(key, str(key), value)
+            else:
+                yield from values_below(key, str(key), value)
+    else:
+        yield from values_below(None, "", entry)
+
+
+def values_below(key: Any, path: str, value: Any, is_nested: bool = False) -> Iterator[Place]:
+    """All values that stand below one, or itself where it is no container."""
+    if isinstance(value, Tensor) or is_leaf(value) or not isinstance(value, Iterable):
+        yield Place(key, path, value, is_nested)
+    elif isinstance(value, Mapping):
+        for inner, item in value.items():
+            yield from values_below(key, f"{path}[{inner!r}]", item, True)
+    else:
+        for index, item in enumerate(value):
+            yield from values_below(key, f"{path}[{index}]", item, True)
+
+
+def label(index: int, position: int, group: Group) -> str:
+    """A parameter by its index among all and, where it is known, its name."""
+    names = group.get("param_names")
+    if isinstance(names, list | tuple) and position < len(names):
+        return f"parameter {index} {names[position]!r}"
+    return f"parameter {index}"
