@@ -1,0 +1,321 @@
+"""`fastopt.check`; where it can, what torch makes of the same dict is the oracle."""
+
+import copy as copying
+import random
+import time
+import warnings
+
+import pytest
+import torch
+
+import fastopt
+from fastopt.inspection.check import SHAPED_BY_RULE
+from tests.loads import saved
+from tests.oracle import TORCH_STATE_DICT, Bare, adam, fingerprint, parameter, torch_load, train, trained
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+NAN, INF = float("nan"), float("inf")
+
+
+def fresh(optimizer):
+    """An optimizer of the same class, settings and shapes, without state."""
+    groups = [
+        {**group, "params": [torch.nn.Parameter(torch.zeros_like(p)) for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return type(optimizer)(groups)
+
+
+def state_of(optimizer):
+    return copying.deepcopy(TORCH_STATE_DICT(optimizer))
+
+
+def texts(problems, kind=None):
+    return [str(problem) for problem in problems if kind in (None, problem.kind)]
+
+
+def places(problems):
+    return {(problem.kind, problem.saved_id, problem.key) for problem in problems}
+
+
+def dense_optimizers():
+    names = [name for name in vars(torch.optim) if isinstance(getattr(torch.optim, name), type)]
+    return [n for n in names if issubclass(getattr(torch.optim, n), torch.optim.Optimizer) and n != "Optimizer"]
+
+
+def make(name):
+    options = {"SGD": {"lr": 0.1, "momentum": 0.9}, "RMSprop": {"momentum": 0.9, "centered": True}}
+    if name in ("Adam", "AdamW"):
+        options[name] = {"amsgrad": True}
+    torch.manual_seed(0)
+    shapes = [(3, 4), (4, 3), (2, 2), (8, 1)] if name == "Muon" else [(3, 4), (4, 3), (5,), (1,), ()]
+    optimizer = getattr(torch.optim, name)([parameter(*shape) for shape in shapes], **options.get(name, {"lr": 0.1}))
+    train(optimizer, grad=torch.Tensor.to_sparse if name == "SparseAdam" else torch.clone)
+    return optimizer
+
+
+@pytest.mark.parametrize("name", dense_optimizers())
+def test_a_state_that_fits_has_no_problem(name):
+    optimizer = make(name)
+    for target in (optimizer, fresh(optimizer)):
+        assert fastopt.check(target, state_of(optimizer), finite=True) == []
+
+
+@pytest.mark.parametrize("name", dense_optimizers())
+def test_the_rule_of_torchs_optimizers_is_what_they_do(name):
+    optimizer = make(name)
+    by_rule = all(
+        value.numel() == 1 or value.shape == param.shape
+        for param, state in optimizer.state.items()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ) and not any(isinstance(value, list) for state in optimizer.state.values() for value in state.values())
+    assert (type(optimizer) in SHAPED_BY_RULE) == by_rule
+
+
+@pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "fresh"])
+def test_reordered_parameters_are_found_where_torch_fails_only_in_the_step(is_trained):
+    saved_state = state_of(trained(adam((2, 3), (3, 2), (4,))))
+    optimizer = adam((3, 2), (2, 3), (4,))
+    if is_trained:
+        train(optimizer)
+    problems = fastopt.check(optimizer, saved_state)
+    assert places(problems) == {("shape", i, key) for i in (0, 1) for key in ("exp_avg", "exp_avg_sq")}
+    assert "parameter 0, saved under id 0, exp_avg: float32 [2, 3] on cpu" in str(problems[0])
+    assert str(problems[0]).endswith("parameter of shape [3, 2]")
+    torch_load(optimizer, saved_state, copy=True)  # which torch takes without a word
+    with pytest.raises(RuntimeError):
+        train(optimizer)
+
+
+def test_one_element_where_a_tensor_belongs_is_found_and_step_is_not():
+    saved_state = state_of(trained(adam((1,), (3,))))
+    problems = fastopt.check(adam((3,), (1,)), saved_state)
+    assert places(problems) == {("shape", i, key) for i in (0, 1) for key in ("exp_avg", "exp_avg_sq")}
+
+
+def test_what_the_optimizer_holds_now_decides():
+    optimizer = Bare([parameter(3, 4), parameter(5)])
+    first, second = optimizer.param_groups[0]["params"]
+    optimizer.state[first] = {"m": torch.zeros(3, 4), "row": torch.zeros(3)}
+    optimizer.state[second] = {"m": torch.zeros(5), "row": torch.zeros(5)}
+    good = saved({0: {"m": torch.zeros(3, 4), "row": torch.zeros(3)}, 1: {"m": torch.zeros(5)}}, (0, 1))
+    assert fastopt.check(optimizer, good) == []
+    bad = saved({0: {"m": torch.zeros(4, 3), "row": torch.zeros(7)}, 1: {"row": torch.zeros(7)}}, (0, 1))
+    assert places(fastopt.check(optimizer, bad)) == {("shape", 0, "m"), ("shape", 1, "row")}
+
+
+def test_of_an_unknown_optimizer_most_of_the_state_decides():
+    params = [parameter(2, 3) for _ in range(4)]
+    shapes = [(2, 3), (2, 3), (2, 3), (3, 2)]
+    state = {i: {"m": torch.zeros(shape), "factor": torch.zeros(2)} for i, shape in enumerate(shapes)}
+    assert places(fastopt.check(Bare(params), saved(state, range(4)))) == {("shape", 3, "m")}
+
+
+def test_of_an_unknown_optimizer_shapes_in_another_order_are_found():
+    params = [parameter(2, 3), parameter(3, 2), parameter(5)]
+    state = {i: {"m": torch.zeros(shape)} for i, shape in enumerate([(5,), (2, 3), (3, 2)])}
+    assert places(fastopt.check(Bare(params), saved(state, range(3)))) == {("shape", i, "m") for i in range(3)}
+
+
+def test_factored_blockwise_and_listed_state_passes():
+    params = [parameter(6, 4), parameter(256)]
+    state = {
+        0: {"row": torch.zeros(6), "codes": torch.zeros(6, 4, dtype=torch.uint8), "absmax": torch.zeros(3)},
+        1: {"row": None, "codes": torch.zeros(256, dtype=torch.uint8), "absmax": torch.zeros(1)},
+    }
+    state[0]["map"] = state[1]["map"] = torch.zeros(256)
+    state[0]["old"] = [torch.zeros(7), {"m": torch.zeros(9)}]
+    assert fastopt.check(Bare(params), saved(state, (0, 1))) == []
+
+
+def test_shapes_can_be_left_out():
+    problems = fastopt.check(adam((3, 2), (4,)), state_of(trained(adam((2, 3), (4,)))), shapes=False)
+    assert problems == []
+
+
+def test_every_problem_of_the_structure_is_listed():
+    optimizer = torch.optim.SGD(
+        [{"params": [parameter(2)]}, {"params": [parameter(2), parameter(3)]}], lr=0.1, momentum=0.9
+    )
+    groups = [
+        {"params": [0, 0, [1]], "lr": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0},
+        {"params": [1, 2], "dampening": 0, "weight_decay": 0},
+    ]
+    problems = fastopt.check(optimizer, {"state": {7: {}, "shared": {}, 2: torch.zeros(1)}, "param_groups": groups})
+    assert texts(problems) == [
+        "structure: parameters of group 0: 3 saved, 1 in the optimizer",
+        "structure: param group 1 has no 'lr', which is 0.1 in the optimizer",
+        "structure: param group 1 has no 'momentum', which is 0.9 in the optimizer",
+        "structure: saved id 0 stands twice in the groups",
+        "structure: saved id [1] in param group 0 is not hashable",
+        "structure: state under id 7, which stands in no group",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("state_dict", "text"),
+    [
+        (None, "the state dict is a NoneType, not a dict"),
+        ("optimizer.pt", "the state dict is a str, not a dict"),
+        ({}, "'param_groups' is missing"),
+        ({"param_groups": 3, "state": {}}, "'param_groups' is a int, not a list"),
+        ({"param_groups": []}, "'state' is missing"),
+        ({"param_groups": [], "state": []}, "'state' is a list, not a dict"),
+        ({"param_groups": [], "state": {}}, "param groups: 0 saved, 1 in the optimizer"),
+        ({"param_groups": [None], "state": {}}, "param group 0 has no list 'params'"),
+        ({"param_groups": [{"lr": 1}], "state": {0: {}}}, "param group 0 has no list 'params'"),
+    ],
+)
+def test_no_dict_is_too_odd(state_dict, text):
+    assert any(text in one for one in texts(fastopt.check(Bare([parameter(2)]), state_dict, finite=True)))
+
+
+def test_what_younger_versions_added_is_no_problem():
+    saved_state = state_of(trained(adam()))
+    for group in saved_state["param_groups"]:
+        for key in ("foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay"):
+            del group[key]
+    optimizer = adam()
+    assert fastopt.check(optimizer, saved_state) == []
+    torch_load(optimizer, saved_state, copy=True)
+    train(optimizer)
+
+
+@pytest.mark.parametrize("missing", ["betas", "lr", "eps"])
+def test_a_missing_hyperparameter_is_found_where_torch_fails_only_in_the_step(missing):
+    saved_state = state_of(trained(adam()))
+    del saved_state["param_groups"][1][missing]
+    optimizer = adam()
+    [problem] = fastopt.check(optimizer, saved_state)
+    assert problem.key == missing
+    torch_load(optimizer, saved_state, copy=True)
+    with pytest.raises(KeyError, match=missing):
+        train(optimizer)
+
+
+def test_names_stand_in_the_text():
+    optimizer = Bare([("body.weight", parameter(2, 3)), ("head.weight", parameter(4))])
+    state = {0: {"m": torch.zeros(4)}, 1: {"m": torch.zeros(2, 3)}}
+    problems = fastopt.check(optimizer, saved(state, (0, 1)))
+    assert "parameter 1 'head.weight', saved under id 1, m:" in str(problems[1])
+
+
+def test_complex_state_of_a_real_parameter_is_found():
+    state = {0: {"m": torch.zeros(2, dtype=torch.complex64), "step": torch.zeros(2, dtype=torch.complex64)}}
+    [problem] = fastopt.check(Bare([parameter(2)]), saved(state))
+    assert (problem.kind, problem.key) == ("dtype", "m")
+    optimizer = Bare([parameter(2)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of it once in a process
+        torch_load(optimizer, saved(state), copy=True)
+    assert not optimizer.state[optimizer.param_groups[0]["params"][0]]["m"].is_complex()
+    assert fastopt.check(Bare([parameter(2, dtype=torch.complex64)]), saved(state)) == []
+
+
+def test_state_without_values_is_found():
+    state_dict = saved({0: {"m": torch.zeros(2, device="meta")}})
+    [problem] = fastopt.check(Bare([parameter(2)]), state_dict)
+    assert (problem.kind, problem.saved_id, problem.key) == ("values", 0, "m")
+    with pytest.raises(NotImplementedError):
+        torch_load(Bare([parameter(2)]), state_dict, copy=False)
+    assert fastopt.check(Bare([torch.nn.Parameter(torch.zeros(2, device="meta"))]), state_dict) == []
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [3, 1 << 16, (1 << 20) + 7], ids=str)
+def test_values_that_are_not_finite_are_counted(dtype, size):
+    good, bad = torch.ones(size).to(dtype), torch.ones(size)
+    bad[0], bad[size // 2], bad[-1] = NAN, INF, -INF
+    bad = bad.to(dtype)
+    state = {i: {"m": good, "step": torch.tensor(1)} for i in range(5)}
+    state[3] = {"m": bad}
+    problems = fastopt.check(Bare([parameter(2) for _ in range(5)]), saved(state, range(5)), shapes=False, finite=True)
+    [problem] = [one for one in problems if one.kind == "values"]
+    assert (problem.saved_id, problem.key) == (3, "m")
+    assert str(problem).endswith("holds 1 NaN and 2 inf")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize(
+    "make_tensor",
+    [
+        lambda: torch.tensor([[1.0, NAN], [2.0, 3.0]]).T,
+        lambda: torch.tensor([0.0, NAN]).to_sparse(),
+        lambda: torch.tensor([[0.0, NAN]]).to_sparse_csr(),
+        lambda: torch.tensor([1.0, NAN]).expand(4, 2),
+        lambda: torch.nn.Parameter(torch.tensor([NAN])),
+        lambda: torch.tensor(NAN),
+    ],
+)
+def test_nans_are_found_in_tensors_of_all_kinds_and_at_any_depth(make_tensor):
+    state = {0: {"deep": [1, {"deeper": (None, make_tensor())}]}, "shared": {"x": torch.ones(2)}}
+    [problem] = fastopt.check(Bare([parameter(2)]), saved(state), finite=True)
+    assert "deep[1]['deeper'][1]" in str(problem)
+    assert "NaN" in str(problem)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_what_has_no_floats_is_not_looked_at():
+    state = {
+        0: {
+            "codes": torch.tensor([255], dtype=torch.uint8),
+            "flag": torch.tensor([True]),
+            "empty": torch.zeros(0),
+            "quantized": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+            "text": "nan",
+        }
+    }
+    assert fastopt.check(Bare([parameter(2)]), saved(state), finite=True) == []
+
+
+def test_hyperparameters_that_are_nan_are_found():
+    optimizer = Bare([parameter(2)], lr=0.1, betas=(0.9, 0.99), t=torch.tensor(1.0), limit=INF)
+    bad = saved({}, lr=NAN, betas=(0.9, NAN), t=torch.tensor(NAN), limit=INF)
+    assert [problem.key for problem in fastopt.check(optimizer, bad, finite=True)] == ["lr", "betas", "t"]
+    assert fastopt.check(optimizer, bad) == []
+
+
+def test_nothing_changes_and_no_hook_runs():
+    optimizer = trained(adam())
+    saved_state = state_of(optimizer)
+    calls = []
+    optimizer.register_load_state_dict_pre_hook(lambda *_: calls.append(1))
+    optimizer.register_state_dict_pre_hook(lambda *_: calls.append(1))
+    before = fingerprint(optimizer), fingerprint(saved_state)
+    fastopt.check(optimizer, saved_state, finite=True)
+    fastopt.check(optimizer, {"state": {5: {"m": torch.zeros(2)}}, "param_groups": []})
+    assert (fingerprint(optimizer), fingerprint(saved_state)) == before
+    assert calls == []
+
+
+def test_it_can_refuse_in_torchs_own_pre_hook():
+    optimizer = adam((3, 2), (2, 3))
+
+    def refuse(optimizer, state_dict):
+        if problems := fastopt.check(optimizer, state_dict):
+            raise ValueError("\n".join(map(str, problems)))
+
+    optimizer.register_load_state_dict_pre_hook(refuse)
+    with pytest.raises(ValueError, match="belongs to a parameter of shape"):
+        optimizer.load_state_dict(state_of(trained(adam((2, 3), (3, 2)))))
+    assert not optimizer.state
+
+
+def test_an_optimizer_is_asked_for():
+    with pytest.raises(TypeError, match="optimizer is a dict"):
+        fastopt.check({}, {})
+
+
+def test_time_is_linear_and_memory_bounded():
+    count = 50_000
+    optimizer = Bare([parameter(2) for _ in range(count)])
+    order = random.Random(0).sample(range(count), count)
+    state = {i: {"m": torch.zeros(2), "v": torch.zeros(2)} for i in order}
+    started = time.perf_counter()
+    assert fastopt.check(optimizer, saved(state, range(count)), finite=True) == []
+    assert time.perf_counter() - started < 20
