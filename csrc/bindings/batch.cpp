@@ -120,9 +120,10 @@ py::object Batch::add(const Job& job, py::handle src, at::Tensor dst) {
     throw py::error_already_set();
   }
   if (const int64_t bytes = job.count * size_of(job.src_dtype); bytes < kSmallestListed) {
-    kernels_.find(job.src_dtype, job.dst_dtype)(job.src, job.dst, job.count);
-    if (job.audit != nullptr) {
-      kernels_.find_audit(job.src_dtype, job.dst_dtype)(job.src, job.count, *job.audit);
+    if (job.audit == nullptr) {
+      kernels_.find(job.src_dtype, job.dst_dtype)(job.src, job.dst, job.count);
+    } else {
+      kernels_.find_audited(job.src_dtype, job.dst_dtype)(job.src, job.dst, job.count, *job.audit);
     }
   } else {
     jobs_.push_back(job);

@@ -26,7 +26,7 @@ struct Audit {
   }
 };
 
-// Adds what a cast of `count` elements at `src` does. `src` needs no alignment.
-using AuditFn = void (*)(const void* src, int64_t count, Audit& audit);
+// Casts as a CastFn does, and adds what that did.
+using AuditedCastFn = void (*)(const void* src, void* dst, int64_t count, Audit& audit);
 
 }  // namespace fastopt

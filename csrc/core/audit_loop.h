@@ -150,11 +150,9 @@ void audit_cast(const void* src, int64_t count, Audit& audit) {
   }
 }
 
-template <class Src>
-constexpr std::array<AuditFn, kDTypes> audits_from() {
-  return {audit_cast<Src, float>, audit_cast<Src, bfloat16>, audit_cast<Src, float16>, audit_cast<Src, double>,
-          nullptr};
-}
+// Whether vectors can be looked at while they are cast: what they hold is all of a value, so not where it is a float64.
+template <class Vector, class Src, class Dst>
+constexpr bool kIsWatched = !std::is_same_v<Src, double> && requires { typename Vector::template Watch<Src, Dst>; };
 
 }  // namespace
 }  // namespace fastopt

@@ -2,9 +2,10 @@
 //
 // `Vector` offers `kWidth`, `load<T>(from)` to `kWidth` float32 lanes, and `store<T, how>(to, lanes)` for each floating
 // dtype T; `stream_line(from, to)` for the bytes of a cache line; and `fence()`, after which other threads see what was
-// streamed. To stream, `to` is aligned to the line, and further on to the bytes of a vector. Included by
-// one file per instruction set, after that file has set its target: everything here has internal linkage, or the linker
-// might keep the copy that the machine cannot run.
+// streamed. `Watch<Src, Dst>`, where it offers one, looks at lanes while they are cast (Note [Ordinary blocks]). To
+// stream, `to` is aligned to the line, and further on to the bytes of a vector. Included by one file per instruction
+// set, after that file has set its target: everything here has internal linkage, or the linker might keep the copy that
+// the machine cannot run.
 #pragma once
 
 #include <cstdint>
@@ -51,30 +52,90 @@ void fetch(const char* from) {
   }
 }
 
+// Casts whole vectors from one element on, and returns the element after the last.
+template <class Vector, class Src, class Dst, Store kStore, class See>
+int64_t cast_vectors(const char* from, char* to, int64_t first, int64_t last, See&& see) {
+  constexpr int64_t kSrc = sizeof(Src);
+  int64_t i = first;
+  for (; i + Vector::kWidth <= last; i += Vector::kWidth) {
+    if constexpr (kStore == Store::Streaming) {
+      fetch<Vector::kWidth * kSrc>(from + i * kSrc + kAhead);
+    }
+    const auto lanes = Vector::template load<Src>(from + i * kSrc);
+    Vector::template store<Dst, kStore>(to + i * static_cast<int64_t>(sizeof(Dst)), lanes);
+    see(lanes);
+  }
+  return i;
+}
+
+// Elements before the first that a store can stream to; none can be where the offset is no multiple of the element.
+template <class Dst>
+constexpr int64_t kNowhere = -1;
+
+template <class Dst>
+int64_t elements_to_line(const char* to, int64_t count) {
+  const auto offset = static_cast<int64_t>(bytes_to_line(to));
+  constexpr auto kDst = static_cast<int64_t>(sizeof(Dst));
+  return offset % kDst == 0 ? std::min(offset / kDst, count) : kNowhere<Dst>;
+}
+
 template <class Vector, class Src, class Dst, Store kStore>
 void cast(const void* src, void* dst, int64_t count) {
+  const char* from = static_cast<const char*>(src);
+  char* to = static_cast<char*>(dst);
+  int64_t i = 0;
+  if constexpr (kStore == Store::Streaming) {
+    i = elements_to_line<Dst>(to, count);
+    if (i < 0) {
+      return cast<Vector, Src, Dst, Store::Cached>(src, dst, count);
+    }
+    cast_scalar<Src, Dst>(from, to, i);
+  }
+  i = cast_vectors<Vector, Src, Dst, kStore>(from, to, i, count, [](const auto&) {});
+  if constexpr (kStore == Store::Streaming) {
+    Vector::fence();
+  }
+  cast_scalar<Src, Dst>(from + i * static_cast<int64_t>(sizeof(Src)), to + i * static_cast<int64_t>(sizeof(Dst)),
+                        count - i);
+}
+
+// The same cast, with an audit.
+template <class Vector, class Src, class Dst, Store kStore>
+void audited_cast(const void* src, void* dst, int64_t count, Audit& audit) {
   constexpr int64_t kSrc = sizeof(Src);
   constexpr int64_t kDst = sizeof(Dst);
   const char* from = static_cast<const char*>(src);
   char* to = static_cast<char*>(dst);
   int64_t i = 0;
   if constexpr (kStore == Store::Streaming) {
-    const auto offset = static_cast<int64_t>(bytes_to_line(to));
-    if (offset % kDst != 0) {
-      return cast<Vector, Src, Dst, Store::Cached>(src, dst, count);
+    i = elements_to_line<Dst>(to, count);
+    if (i < 0) {
+      return audited_cast<Vector, Src, Dst, Store::Cached>(src, dst, count, audit);
     }
-    i = std::min(offset / kDst, count);
+    audit_cast<Src, Dst>(from, i, audit);
     cast_scalar<Src, Dst>(from, to, i);
   }
-  for (; i + Vector::kWidth <= count; i += Vector::kWidth) {
-    if constexpr (kStore == Store::Streaming) {
-      fetch<Vector::kWidth * kSrc>(from + i * kSrc + kAhead);
+  while (i + Vector::kWidth <= count) {
+    const int64_t first = i;
+    const int64_t last = std::min(first + kAuditedBlock, count);
+    if constexpr (kIsWatched<Vector, Src, Dst>) {
+      typename Vector::template Watch<Src, Dst> watch(static_cast<float>(audit.largest_error));
+      i = cast_vectors<Vector, Src, Dst, kStore>(from, to, first, last, [&](const auto& lanes) { watch.see(lanes); });
+      audit.values += i - first;
+      if (!watch.saw_only_ordinary()) {
+        count_one_by_one<Src, Dst>(from + first * kSrc, i - first, audit);
+      }
+    } else {
+      audit_cast<Src, Dst>(from + first * kSrc, last - first, audit);
+      i = cast_vectors<Vector, Src, Dst, kStore>(from, to, first, last, [](const auto&) {});
+      cast_scalar<Src, Dst>(from + i * kSrc, to + i * kDst, last - i);
+      i = last;
     }
-    Vector::template store<Dst, kStore>(to + i * kDst, Vector::template load<Src>(from + i * kSrc));
   }
   if constexpr (kStore == Store::Streaming) {
     Vector::fence();
   }
+  audit_cast<Src, Dst>(from + i * kSrc, count - i, audit);
   cast_scalar<Src, Dst>(from + i * kSrc, to + i * kDst, count - i);
 }
 
@@ -100,32 +161,42 @@ void move_streaming(const void* src, void* dst, int64_t count) {
 }
 
 template <class Vector, class Src, Store kStore>
+constexpr std::array<AuditedCastFn, kDTypes> audited_casts_from() {
+  return {audited_cast<Vector, Src, float, kStore>, audited_cast<Vector, Src, bfloat16, kStore>,
+          audited_cast<Vector, Src, float16, kStore>, audited_cast<Vector, Src, double, kStore>, nullptr};
+}
+
+template <class Vector, class Src, Store kStore>
 constexpr std::array<CastFn, kDTypes> casts_from() {
   return {cast<Vector, Src, float, kStore>, cast<Vector, Src, bfloat16, kStore>, cast<Vector, Src, float16, kStore>,
           cast<Vector, Src, double, kStore>, nullptr};
 }
 
 // The order is that of DType. The diagonal is empty: equal dtypes are moved as Byte.
-template <class Vector, Store kStore>
-constexpr Kernels::Table make_table(CastFn move) {
-  Kernels::Table table{casts_from<Vector, float, kStore>(),
-                       casts_from<Vector, bfloat16, kStore>(),
-                       casts_from<Vector, float16, kStore>(),
-                       casts_from<Vector, double, kStore>(),
-                       {nullptr, nullptr, nullptr, nullptr, move}};
+template <class Table>
+constexpr Table without_diagonal(Table table) {
   for (size_t same = 0; same + 1 < kDTypes; ++same) {
     table[same][same] = nullptr;
   }
   return table;
 }
 
-constexpr Kernels::AuditTable make_audit_table() {
-  Kernels::AuditTable table{
-      audits_from<float>(), audits_from<bfloat16>(), audits_from<float16>(), audits_from<double>(), {}};
-  for (size_t same = 0; same + 1 < kDTypes; ++same) {
-    table[same][same] = nullptr;
-  }
-  return table;
+template <class Vector, Store kStore>
+constexpr Kernels::Table make_table(CastFn move) {
+  return without_diagonal(Kernels::Table{casts_from<Vector, float, kStore>(),
+                                         casts_from<Vector, bfloat16, kStore>(),
+                                         casts_from<Vector, float16, kStore>(),
+                                         casts_from<Vector, double, kStore>(),
+                                         {nullptr, nullptr, nullptr, nullptr, move}});
+}
+
+template <class Vector, Store kStore>
+constexpr Kernels::AuditedTable make_audited_table() {
+  return without_diagonal(Kernels::AuditedTable{audited_casts_from<Vector, float, kStore>(),
+                                                audited_casts_from<Vector, bfloat16, kStore>(),
+                                                audited_casts_from<Vector, float16, kStore>(),
+                                                audited_casts_from<Vector, double, kStore>(),
+                                                {}});
 }
 
 template <class Vector>
@@ -133,7 +204,7 @@ constexpr Kernels make_kernels(const char* target) {
   return {target,
           {make_table<Vector, Store::Cached>(move_cached<Vector>),
            make_table<Vector, Store::Streaming>(move_streaming<Vector>)},
-          make_audit_table()};
+          {make_audited_table<Vector, Store::Cached>(), make_audited_table<Vector, Store::Streaming>()}};
 }
 
 }  // namespace

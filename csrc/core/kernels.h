@@ -17,19 +17,21 @@ enum class Store : uint8_t { Cached, Streaming };
 
 struct Kernels {
   using Table = std::array<std::array<CastFn, kDTypes>, kDTypes>;
-  using AuditTable = std::array<std::array<AuditFn, kDTypes>, kDTypes>;
+  using AuditedTable = std::array<std::array<AuditedCastFn, kDTypes>, kDTypes>;
 
   const char* target;
   // [store][src][dst]; null where no kernel exists (Byte goes only to Byte).
   std::array<Table, 2> tables;
-  AuditTable audits;
+  std::array<AuditedTable, 2> audited;  // as `tables`
 
   CastFn find(DType src, DType dst, Store store = Store::Cached) const {
     return tables[static_cast<size_t>(store)][static_cast<size_t>(src)][static_cast<size_t>(dst)];
   }
 
-  // What tells of the same cast; null where `find` is.
-  AuditFn find_audit(DType src, DType dst) const { return audits[static_cast<size_t>(src)][static_cast<size_t>(dst)]; }
+  // The same cast with an audit; null where `find` is, and for Byte.
+  AuditedCastFn find_audited(DType src, DType dst, Store store = Store::Cached) const {
+    return audited[static_cast<size_t>(store)][static_cast<size_t>(src)][static_cast<size_t>(dst)];
+  }
 };
 
 // One a file, so that each is compiled for its own instruction set and nothing else is.

@@ -90,6 +90,60 @@ struct SixteenLanes {
   }
 
   static void fence() { _mm_sfence(); }
+
+  // The largest and the smallest magnitude of results, and whether an error was larger than a given one.
+  template <class Src, class Dst>
+  class Watch {
+   public:
+    explicit Watch(float largest_error) : largest_error_(_mm256_set1_ps(largest_error)) {}
+
+    void see(const Lanes& lanes) {
+      see_eight(lanes.low);
+      see_eight(lanes.high);
+    }
+
+    bool saw_only_ordinary() const {
+      const __m256i infinity = _mm256_set1_epi32(static_cast<int>(kInfinity<float>));
+      const __m256i normal = _mm256_set1_epi32(std::bit_cast<int>(kSmallestNormal<Dst, float>));
+      __m256i odd = _mm256_cmpgt_epi32(_mm256_add_epi32(largest_, _mm256_set1_epi32(1)), infinity);
+      if constexpr (!kExact<Src, Dst>) {
+        odd = _mm256_or_si256(odd, _mm256_cmpgt_epi32(normal, smallest_));
+        odd = _mm256_or_si256(odd, _mm256_castps_si256(worse_));
+      }
+      return _mm256_movemask_epi8(odd) == 0;
+    }
+
+   private:
+    void see_eight(__m256 before) {
+      const __m256 after = result(before);
+      const __m256i size = _mm256_castps_si256(magnitude(after));
+      largest_ = _mm256_max_epi32(largest_, size);
+      if constexpr (!kExact<Src, Dst>) {
+        smallest_ = _mm256_min_epi32(smallest_, size);
+        const __m256 limit = _mm256_mul_ps(magnitude(before), largest_error_);
+        const __m256 error = magnitude(_mm256_sub_ps(before, after));
+        worse_ = _mm256_or_ps(worse_, _mm256_cmp_ps(error, limit, _CMP_GT_OQ));
+      }
+    }
+
+    // What the cast makes of them; a NaN may become an infinity, which is as little ordinary.
+    static __m256 result(__m256 before) {
+      if constexpr (std::is_same_v<Dst, bfloat16>) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(rounded(before), 16));
+      } else if constexpr (std::is_same_v<Dst, float16>) {
+        return _mm256_cvtph_ps(_mm256_cvtps_ph(before, _MM_FROUND_TO_NEAREST_INT));
+      } else {
+        return before;
+      }
+    }
+
+    static __m256 magnitude(__m256 lanes) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), lanes); }
+
+    __m256 largest_error_;
+    __m256i largest_ = _mm256_setzero_si256();
+    __m256i smallest_ = _mm256_set1_epi32(std::numeric_limits<int>::max());
+    __m256 worse_ = _mm256_setzero_ps();
+  };
 };
 
 template <>

@@ -74,6 +74,47 @@ struct SixteenLanes {
   static void stream_line(const char* from, char* to) { put<Store::Streaming>(to, _mm512_loadu_si512(from)); }
 
   static void fence() { _mm_sfence(); }
+
+  // As that of AVX2.
+  template <class Src, class Dst>
+  class Watch {
+   public:
+    explicit Watch(float largest_error) : largest_error_(_mm512_set1_ps(largest_error)) {}
+
+    void see(__m512 before) {
+      const __m512 after = result(before);
+      const __m512i size = _mm512_castps_si512(_mm512_abs_ps(after));
+      largest_ = _mm512_max_epi32(largest_, size);
+      if constexpr (!kExact<Src, Dst>) {
+        smallest_ = _mm512_min_epi32(smallest_, size);
+        const __m512 limit = _mm512_mul_ps(_mm512_abs_ps(before), largest_error_);
+        const __m512 error = _mm512_abs_ps(_mm512_sub_ps(before, after));
+        worse_ = static_cast<__mmask16>(worse_ | _mm512_cmp_ps_mask(error, limit, _CMP_GT_OQ));
+      }
+    }
+
+    bool saw_only_ordinary() const {
+      constexpr auto kNormal = std::bit_cast<int>(kSmallestNormal<Dst, float>);
+      const bool finite = _mm512_reduce_max_epi32(largest_) < static_cast<int>(kInfinity<float>);
+      return finite && (kExact<Src, Dst> || (_mm512_reduce_min_epi32(smallest_) >= kNormal && worse_ == 0));
+    }
+
+   private:
+    static __m512 result(__m512 before) {
+      if constexpr (std::is_same_v<Dst, bfloat16>) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(rounded(before), 16));
+      } else if constexpr (std::is_same_v<Dst, float16>) {
+        return _mm512_cvtph_ps(_mm512_cvtps_ph(before, _MM_FROUND_TO_NEAREST_INT));
+      } else {
+        return before;
+      }
+    }
+
+    __m512 largest_error_;
+    __m512i largest_ = _mm512_setzero_si512();
+    __m512i smallest_ = _mm512_set1_epi32(std::numeric_limits<int>::max());
+    __mmask16 worse_ = 0;
+  };
 };
 
 template <>

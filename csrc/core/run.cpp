@@ -15,8 +15,7 @@ namespace {
 constexpr int64_t kJobCost = 128;          // what a call costs, in bytes that could have moved meanwhile
 constexpr int64_t kChunkCost = 1 << 20;    // small against a thread's share, large against the cost of taking a chunk
 constexpr int64_t kSerialCost = 64 << 10;  // less than this is done before a second thread would have woken
-constexpr int64_t kAuditedElements = 8 << 10;  // what the cast then reads from the second level of cache
-constexpr int64_t kCutElements = 64;           // cuts fall on multiples of this: whole vectors and, mostly, cache lines
+constexpr int64_t kCutElements = 64;       // cuts fall on multiples of this: whole vectors and, mostly, cache lines
 
 // Note [Streaming]
 // A store that misses the cache first reads the line that it will overwrite; one that streams past the cache does not.
@@ -53,28 +52,29 @@ class Line {
       const int64_t first = element_at(index, begin);
       const int64_t last = element_at(index, end);
       if (first < last) {
-        job.audit == nullptr ? cast(job, first, last, kernels) : audited_cast(job, first, last, kernels);
+        cast(job, first, last, kernels);
       }
     }
   }
 
  private:
-  void cast(const Job& job, int64_t first, int64_t last, const Kernels& kernels) const {
-    const CastFn cast = kernels.find(job.src_dtype, job.dst_dtype, store_of(job));
-    cast(static_cast<const char*>(job.src) + first * size_of(job.src_dtype),
-         static_cast<char*>(job.dst) + first * size_of(job.dst_dtype), last - first);
-  }
-
-  void audited_cast(const Job& job, int64_t first, int64_t last, const Kernels& kernels) {
-    const AuditFn count = kernels.find_audit(job.src_dtype, job.dst_dtype);
-    Audit audit;
-    for (int64_t begin = first; begin < last; begin += kAuditedElements) {
-      const int64_t end = std::min(begin + kAuditedElements, last);
-      count(static_cast<const char*>(job.src) + begin * size_of(job.src_dtype), end - begin, audit);
-      cast(job, begin, end, kernels);
+  void cast(const Job& job, int64_t first, int64_t last, const Kernels& kernels) {
+    const char* src = static_cast<const char*>(job.src) + first * size_of(job.src_dtype);
+    char* dst = static_cast<char*>(job.dst) + first * size_of(job.dst_dtype);
+    if (job.audit == nullptr) {
+      kernels.find(job.src_dtype, job.dst_dtype, store_of(job))(src, dst, last - first);
+      return;
     }
+    Audit audit;
+    audit.largest_error = largest_error_so_far(job);  // fewer values are larger than that, and need a closer look
+    kernels.find_audited(job.src_dtype, job.dst_dtype, store_of(job))(src, dst, last - first, audit);
     const std::scoped_lock lock(audits_);
     job.audit->add(audit);
+  }
+
+  double largest_error_so_far(const Job& job) {
+    const std::scoped_lock lock(audits_);
+    return job.audit->largest_error;
   }
 
   static int64_t bytes_written(const Job& job) { return job.count * size_of(job.dst_dtype); }

@@ -26,6 +26,7 @@ using fastopt::Audit;
 using fastopt::DType;
 using fastopt::Job;
 using fastopt::Kernels;
+using fastopt::Store;
 
 constexpr int64_t kValues = 300'000;
 constexpr int64_t kPeriod = 1009;  // values of the first so many are odd ones, the others ordinary
@@ -104,6 +105,13 @@ void test_threads_audit_every_value_once() {
   }
 }
 
+void check_few(const Audit& audit, const char* src, int64_t count, const Kernels& kernels, const std::string& target) {
+  if (count > 8) {
+    check_same(audit, expected(src, count, kernels), target);
+  }
+  check(audit.values == count, target, ": ", audit.values, " of ", count);
+}
+
 void test_an_audit_of_few_values_reads_no_byte_too_many() {
   for (const std::string& target : fastopt::cpu_targets()) {
     fastopt::use_cpu_target(target);
@@ -111,13 +119,16 @@ void test_an_audit_of_few_values_reads_no_byte_too_many() {
     for (int64_t count = 1; count < 70; ++count) {
       const Buffer src(4 * count, /*offset=*/1);
       fill(src.data(), count);
-      Audit audit;
-      kernels.find_audit(DType::Float32, DType::Float16)(src.data(), 0, audit);
-      kernels.find_audit(DType::Float32, DType::Float16)(src.data(), count, audit);
-      if (count > 8) {
-        check_same(audit, expected(src.data(), count, kernels), target);
+      for (const Store store : {Store::Cached, Store::Streaming}) {
+        const Buffer dst(2 * count, /*offset=*/count % 4);
+        Audit audit;
+        kernels.find_audited(DType::Float32, DType::Float16, store)(src.data(), dst.data(), 0, audit);
+        kernels.find_audited(DType::Float32, DType::Float16, store)(src.data(), dst.data(), count, audit);
+        check_few(audit, src.data(), count, kernels, target);
+        const Buffer plain(2 * count);
+        kernels.find(DType::Float32, DType::Float16)(src.data(), plain.data(), count);
+        check(std::memcmp(dst.data(), plain.data(), static_cast<size_t>(2 * count)) == 0, target, ": other results");
       }
-      check(audit.values == count, target, ": ", audit.values, " of ", count);
     }
   }
 }
