@@ -16,6 +16,7 @@ def cast_state(
     memo: dict[int, Any] | None,
     state: defaultdict[Any, Any],
     audits: bool,
+    gives: bool,
 ) -> (
     tuple[
         list[tuple[Any, Any, torch.Tensor | None, Any, Any, Any, Any]],

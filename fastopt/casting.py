@@ -45,6 +45,7 @@ class Cast:
         self.backend: Backend = current() if self.policy_stands else python
         self.rule_of = None if self.policy.is_reference else self.policy.rule
         self.audits = audit
+        self.gives = False
         self.report = LoadReport(self.backend.name, audit={} if audit else None)
 
     def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:

@@ -30,6 +30,7 @@ class CastDonated(Cast):
     ) -> None:
         super().__init__(optimizer, saved_groups, copy=False, policy=policy, audit=audit)
         self.given = given
+        self.gives = True
 
     def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:
         """The new state; the saved one is empty then, and so is the dict that was given.

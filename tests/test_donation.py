@@ -5,6 +5,7 @@ import sys
 import weakref
 from types import MappingProxyType
 
+import numpy
 import pytest
 import torch
 
@@ -163,3 +164,115 @@ def test_every_pair_of_options_works_or_is_refused(pair):
     assert loaded.dtype == (BF16 if "policy" in options else F32 if "inplace" in options else torch.float16)
     assert torch.equal(loaded, torch.full((3,), 1 / 3).to(loaded.dtype))
     assert (state_dict == {}) == ("donate" in options)
+
+
+# ---- what somebody else can still read ----
+
+LARGE = 6 * 2**20  # elements: large enough to be released in parts
+
+
+def numpy_array():
+    array = numpy.full(LARGE, 1.5, dtype=numpy.float32)
+    return torch.from_numpy(array), lambda: array
+
+
+def view_of_another():
+    base = torch.full((2, LARGE), 1.5)
+    return base[0], lambda: base
+
+
+def same_storage():
+    tensor = torch.full((LARGE,), 1.5)
+    storage = tensor.untyped_storage()
+    return tensor, lambda: torch.empty(0).set_(storage)
+
+
+def detached_twin():
+    tensor = torch.full((LARGE,), 1.5)
+    return tensor.detach(), lambda: tensor
+
+
+def array_of_it():
+    tensor = torch.full((LARGE,), 1.5)
+    array = tensor.numpy()
+    return tensor, lambda: array
+
+
+def exported():
+    tensor = torch.full((LARGE,), 1.5)
+    twin = torch.from_dlpack(tensor.__dlpack__())
+    return tensor, lambda: twin
+
+
+def held_elsewhere():
+    tensor = torch.full((LARGE,), 1.5)
+    return tensor, lambda: tensor
+
+
+def shared_memory():
+    tensor = torch.full((LARGE,), 1.5).share_memory_()
+    return tensor, lambda: torch.full((1,), 1.5)
+
+
+def saved_for_backward():
+    factor = torch.full((LARGE,), 1.5)
+    product = torch.ones(LARGE, requires_grad=True) * factor
+    return factor, lambda: torch.autograd.grad(product.sum(), product.grad_fn.next_functions[0][0].variable)[0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        numpy_array,
+        view_of_another,
+        same_storage,
+        detached_twin,
+        array_of_it,
+        exported,
+        held_elsewhere,
+        shared_memory,
+        saved_for_backward,
+    ],
+)
+def test_what_somebody_else_can_read_is_not_lost(make):
+    source, seen = make()
+    state_dict = saved({0: {"m": source, "list": [source]}})
+    del state_dict["state"][0]["list"], source
+    optimizer = Bare([parameter(1, dtype=BF16)])
+    fastopt.load_state_dict(optimizer, state_dict, donate=True)
+    [state] = optimizer.state.values()
+    assert state["m"].dtype is BF16
+    assert bool((state["m"] == 1.5).all())
+    assert bool((torch.as_tensor(seen()) == 1.5).all())
+
+
+def test_one_tensor_in_two_places_is_cast_in_both():
+    tensor = torch.full((LARGE,), 1.5)
+    twin = torch.full((LARGE,), 2.5)
+    state_dict = saved({0: {"a": tensor, "b": [tensor], "c": twin, "d": twin.view(2, -1)}})
+    del tensor, twin
+    optimizer = Bare([parameter(1, dtype=BF16)])
+    fastopt.load_state_dict(optimizer, state_dict, donate=True)
+    [state] = optimizer.state.values()
+    for value, expected in ((state["a"], 1.5), (state["b"][0], 1.5), (state["c"], 2.5), (state["d"], 2.5)):
+        assert bool((value == expected).all())
+
+
+def test_an_entry_in_two_places_is_cast_in_both():
+    entry = {"m": torch.full((LARGE,), 1.5)}
+    state_dict = saved({0: entry, 1: entry}, params=(0, 1))
+    del entry
+    optimizer = Bare([parameter(1, dtype=BF16), parameter(1, dtype=BF16)])
+    fastopt.load_state_dict(optimizer, state_dict, donate=True)
+    assert all(bool((state["m"] == 1.5).all()) for state in optimizer.state.values())
+
+
+def test_a_container_in_two_places_is_cast_in_both():
+    inner = [torch.full((LARGE,), 1.5)]
+    state_dict = saved({0: {"m": inner}, 1: {"m": inner, "n": {"deep": inner}}}, params=(0, 1))
+    del inner
+    optimizer = Bare([parameter(1, dtype=BF16), parameter(1, dtype=BF16)])
+    fastopt.load_state_dict(optimizer, state_dict, donate=True)
+    first, second = optimizer.state.values()
+    for value in (first["m"][0], second["m"][0], second["n"]["deep"][0]):
+        assert bool((value == 1.5).all())

@@ -232,6 +232,28 @@ def test_a_donated_state_is_never_in_memory_twice(backend: str, saved_dtype: str
     assert measured["extra"] <= max(measured["written"] - measured["read"], 0) + SLACK
 
 
+def measure_large_donated(saved_dtype: str, param_dtype: str) -> dict[str, int]:
+    optimizer = optimizer_over([64 * MIB], getattr(torch, param_dtype))
+    state = {0: {key: torch.ones(64 * MIB, dtype=getattr(torch, saved_dtype)) for key in ("exp_avg", "exp_avg_sq")}}
+    saved = state_dict_of(optimizer, state)
+    del state
+    fastopt.load_state_dict(optimizer_over([1], torch.float32), {"state": {}, "param_groups": [{"params": [0]}]})
+    gc.collect()
+    CLEAR_REFS.write_text("5")  # the most since now
+    before = resident()
+    report = fastopt.load_state_dict(optimizer, saved, donate=True)
+    extra = resident("VmHWM") - before
+    assert all(bool((value == 1).all()) for state in optimizer.state.values() for value in state.values())
+    return {"extra": extra, "read": report.bytes_read, "written": report.bytes_written}
+
+
+@pytest.mark.parametrize(("saved_dtype", "param_dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_one_large_donated_parameter_is_never_in_memory_twice(saved_dtype: str, param_dtype: str) -> None:
+    measured = in_a_process(f"measure_large_donated({saved_dtype!r}, {param_dtype!r})", "native")
+    assert min(measured["read"], measured["written"]) >= 256 * MIB
+    assert measured["extra"] <= max(measured["written"] - measured["read"], 0) + SLACK
+
+
 def measure_in_place() -> dict[str, int]:
     sizes = [8 * MIB] * 5 + [500] * 5000
     optimizer = optimizer_over(sizes, torch.bfloat16)

@@ -81,7 +81,7 @@ Batch::~Batch() {
   }
 }
 
-py::object Batch::cast(py::handle src, at::ScalarType dtype, Audit* audit) {
+py::object Batch::cast(py::handle src, at::ScalarType dtype, Audit* audit, bool is_given) {
   const at::Tensor& from = THPVariable_Unpack(src.ptr());
   const auto dtypes = cast_dtypes(from.scalar_type(), dtype);
   if (!dtypes || !is_dense(from)) {
@@ -93,6 +93,7 @@ py::object Batch::cast(py::handle src, at::ScalarType dtype, Audit* audit) {
   }
   Job job = job_of(to, from, *dtypes);
   job.audit = audit;
+  job.is_given = is_given && is_discardable(from);
   return add(job, src, std::move(to));
 }
 

@@ -30,8 +30,9 @@ class Batch {
   // Copies `src` into a new tensor as `src.to(dtype, copy=True)` would make it: dense strides are kept. The result has
   // its values after `run` at the latest, all else at once.
   // Null where the native path cannot do that (no kernel, strides with gaps, no memory): the caller asks torch.
-  // `audit`, if not null, counts what the cast does; until `run` has returned, too.
-  pybind11::object cast(pybind11::handle src, at::ScalarType dtype, Audit* audit = nullptr);
+  // `audit`, if not null, counts what the cast does; until `run` has returned, too. `is_given`: whether `src` may be
+  // lost (Note [Given memory]).
+  pybind11::object cast(pybind11::handle src, at::ScalarType dtype, Audit* audit = nullptr, bool is_given = false);
 
   // Copies `src` as `copy.deepcopy` would make it: the whole storage, and the same view of it.
   // Null where there is no memory for it.

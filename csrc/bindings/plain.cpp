@@ -1,5 +1,6 @@
 #include "plain.h"
 
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -78,6 +79,13 @@ bool is_plain_cuda(const at::Tensor& tensor) {
 bool has_only_its_storage(PyObject* object, const at::Tensor& tensor) {
   return !tensor.requires_grad() && !tensor.grad().defined() && is_the_only_user(tensor.storage()) &&
          !has_attributes(object);
+}
+
+bool is_discardable(const at::Tensor& tensor) {
+  constexpr size_t kSmallestDiscarded = size_t{16} << 20;  // what is smaller is released soon enough, and as a whole
+  const c10::Storage& storage = tensor.storage();
+  return tensor.nbytes() >= kSmallestDiscarded && tensor.use_count() == 1 && is_the_only_user(storage) &&
+         storage.data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
 }
 
 std::optional<CastDTypes> cast_dtypes(at::ScalarType src, at::ScalarType dst) {

@@ -64,8 +64,13 @@ bool is_tensor_and_no_parameter(PyObject* object) {
 class Walk {
  public:
   Walk(const py::object& hosted_on_device, const py::object& rule_of, const py::object& memo, const py::dict& state,
-       bool audits)
-      : hosted_on_device_(hosted_on_device), memo_(memo), state_(state), audits_(audits), rules_(rule_of) {}
+       bool audits, bool gives)
+      : hosted_on_device_(hosted_on_device),
+        memo_(memo),
+        state_(state),
+        audits_(audits),
+        gives_(gives),
+        rules_(rule_of) {}
 
   void visit(const Entry& entry) {
     saved_id_ = entry.item.key;
@@ -218,7 +223,7 @@ class Walk {
     const at::ScalarType dtype = rule.dtype(tensor.scalar_type(), target_);
     if (dtype != tensor.scalar_type()) {
       Audited* const row = audits_ ? audited({tensor.scalar_type(), dtype}) : nullptr;
-      py::object result = batch_.cast(item.value, dtype, row == nullptr ? nullptr : &row->audit);
+      py::object result = batch_.cast(item.value, dtype, row == nullptr ? nullptr : &row->audit, gives_ && sole);
       if (result) {
         count(tensor, THPVariable_Unpack(result.ptr()));
         if (row != nullptr) {
@@ -282,6 +287,7 @@ class Walk {
   const py::object& memo_;
   const py::dict& state_;
   const bool audits_;
+  const bool gives_;
 
   // The entry being walked.
   py::object saved_id_;
@@ -305,7 +311,7 @@ class Walk {
 // saved_state: the saved dict's "state", an exact dict. id_map: saved id -> parameter. hosted_on_device: the saved ids
 // whose step belongs on the parameter's device in float32, or None. rule_of: as in rules.h. memo:
 // copy.deepcopy's memo for copy=True, or None. state: the new state, filled here.
-// audits: whether casts are counted.
+// audits: whether casts are counted. gives: whether what nobody else refers to may be lost when it has been cast.
 // -> (deferred, counts, tensors copied, tensors shared, audits), or None where the whole walk is Python's
 // (LeftToPython).
 //    deferred: (container, slot, parameter or None, value, saved id, key or None, state key or None) for each value put
@@ -313,8 +319,9 @@ class Walk {
 //    counts: (from dtype, to dtype, tensors, bytes read, bytes written), copies without a cast included.
 //    audits: (state key, from dtype, to dtype, and the members of Audit).
 py::object cast_state(const py::dict& saved_state, const py::dict& id_map, const py::object& hosted_on_device,
-                      const py::object& rule_of, const py::object& memo, const py::dict& state, bool audits) {
-  Walk walk(hosted_on_device, rule_of, memo, state, audits);
+                      const py::object& rule_of, const py::object& memo, const py::dict& state, bool audits,
+                      bool gives) {
+  Walk walk(hosted_on_device, rule_of, memo, state, audits, gives);
   try {
     EntryReader reader(saved_state, id_map);
     for (auto entries = reader.next(); !entries.empty(); entries = reader.next()) {

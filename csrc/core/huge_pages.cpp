@@ -2,6 +2,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include <cstdint>
@@ -41,6 +42,16 @@ void unmap(const Mapping& mapping) noexcept {
   munmap(mapping.address, mapping.bytes);
 }
 
+void discard(void* begin, size_t bytes) noexcept {
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto start = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t first = (start + page - 1) / page * page;
+  const uintptr_t last = (start + bytes) / page * page;
+  if (first < last) {
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);  // where it is refused, they stay
+  }
+}
+
 #else
 
 Mapping map_huge(size_t bytes) {
@@ -50,6 +61,8 @@ Mapping map_huge(size_t bytes) {
 void unmap(const Mapping& mapping) noexcept {
   ::operator delete(mapping.address, std::align_val_t{kHugePage});
 }
+
+void discard(void*, size_t) noexcept {}
 
 #endif
 

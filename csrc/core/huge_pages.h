@@ -1,4 +1,4 @@
-// Memory in huge pages, straight from the system and back to it.
+// Memory in pages, straight from the system and back to it.
 #pragma once
 
 #include <cstddef>
@@ -17,5 +17,9 @@ struct Mapping {
 Mapping map_huge(size_t bytes);
 
 void unmap(const Mapping& mapping) noexcept;
+
+// Gives the pages that lie as a whole within a range back to the system, which takes them when it can. What they held
+// is lost: private memory, that nobody will read again before writing to it.
+void discard(void* begin, size_t bytes) noexcept;
 
 }  // namespace fastopt

@@ -38,13 +38,17 @@ void put(char* to, __m256i bits) {
   kStore == Store::Streaming ? _mm256_stream_si256(at, bits) : _mm256_storeu_si256(at, bits);
 }
 
-// Rounded to bfloat16, in the lower half of each lane.
-inline __m256i rounded(__m256 lanes) {
+// The upper half of each lane is the value rounded to bfloat16, if that is no NaN.
+inline __m256i rounding_sum(__m256 lanes) {
   const __m256i bits = _mm256_castps_si256(lanes);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+
+// Rounded to bfloat16, in the lower half of each lane.
+inline __m256i rounded(__m256 lanes) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(lanes, lanes, _CMP_UNORD_Q));
-  return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), nan);
+  return _mm256_blendv_epi8(_mm256_srli_epi32(rounding_sum(lanes), 16), _mm256_set1_epi32(0x7fc0), nan);
 }
 
 // Two registers, so that a store of 16-bit elements fills a whole one as well.
@@ -126,10 +130,11 @@ struct SixteenLanes {
       }
     }
 
-    // What the cast makes of them; a NaN may become an infinity, which is as little ordinary.
+    // What the cast makes of them; a NaN may become an infinity or zero, which are as little ordinary.
     static __m256 result(__m256 before) {
       if constexpr (std::is_same_v<Dst, bfloat16>) {
-        return _mm256_castsi256_ps(_mm256_slli_epi32(rounded(before), 16));
+        const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+        return _mm256_castsi256_ps(_mm256_and_si256(rounding_sum(before), upper));
       } else if constexpr (std::is_same_v<Dst, float16>) {
         return _mm256_cvtph_ps(_mm256_cvtps_ph(before, _MM_FROUND_TO_NEAREST_INT));
       } else {

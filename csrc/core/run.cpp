@@ -5,6 +5,8 @@
 #include <mutex>
 #include <vector>
 
+#include "huge_pages.h"
+
 namespace fastopt {
 namespace {
 
@@ -63,11 +65,18 @@ class Line {
     char* dst = static_cast<char*>(job.dst) + first * size_of(job.dst_dtype);
     if (job.audit == nullptr) {
       kernels.find(job.src_dtype, job.dst_dtype, store_of(job))(src, dst, last - first);
-      return;
+    } else {
+      audited_cast(job, src, dst, last - first, kernels);
     }
+    if (job.is_given) {
+      discard(const_cast<char*>(src), static_cast<size_t>((last - first) * size_of(job.src_dtype)));
+    }
+  }
+
+  void audited_cast(const Job& job, const char* src, char* dst, int64_t count, const Kernels& kernels) {
     Audit audit;
     audit.largest_error = largest_error_so_far(job);  // fewer values are larger than that, and need a closer look
-    kernels.find_audited(job.src_dtype, job.dst_dtype, store_of(job))(src, dst, last - first, audit);
+    kernels.find_audited(job.src_dtype, job.dst_dtype, store_of(job))(src, dst, count, audit);
     const std::scoped_lock lock(audits_);
     job.audit->add(audit);
   }

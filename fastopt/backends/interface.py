@@ -19,6 +19,9 @@ class Rules(Protocol):
     audits: bool
     """Whether casts from one dtype to another are audited."""
 
+    gives: bool
+    """Whether what nobody else refers to may be lost when it has been cast."""
+
     @property
     def rule_of(self) -> Callable[[Any, bool], tuple[Any, Any]] | None:
         """State key, whether the tensor's own key is `"step"` -> (dtype, device), as `fastopt.policy.Rule` has them.
