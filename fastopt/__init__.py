@@ -3,6 +3,7 @@
 from fastopt.audit import AuditCount
 from fastopt.backends import BackendInfo, backend
 from fastopt.batch import copy_, to
+from fastopt.checkpoint import SaveReport, load, save
 from fastopt.inspection import Diff, Problem, Summary, check, diff, summary
 from fastopt.matching import match
 from fastopt.patch import install, installed, uninstall
@@ -17,6 +18,7 @@ __all__ = [
     "Diff",
     "LoadReport",
     "Problem",
+    "SaveReport",
     "Snapshot",
     "Summary",
     "backend",
@@ -27,8 +29,10 @@ __all__ = [
     "id_map",
     "install",
     "installed",
+    "load",
     "load_state_dict",
     "match",
+    "save",
     "snapshot",
     "state_dict",
     "summary",

@@ -15,6 +15,7 @@ PYTHON_LAYERS = (
     ("fastopt.cli",),
     ("fastopt",),
     ("fastopt.patch",),
+    ("fastopt.checkpoint",),
     ("fastopt.inspection", "fastopt.matching", "fastopt.recast", "fastopt.snapshot"),
     ("fastopt.inspection.check", "fastopt.inspection.diff", "fastopt.inspection.summary"),
     ("fastopt.inspection.places", "fastopt.inspection.values"),
@@ -32,6 +33,7 @@ PYTHON_LAYERS = (
         "fastopt.containers",
         "fastopt.files",
         "fastopt.files.atomic",
+        "fastopt.files.torch_file",
         "fastopt.audit",
         "fastopt.text",
     ),
@@ -40,7 +42,7 @@ PYTHON_LAYERS = (
 CPP_LAYERS = (("csrc/bindings",), ("csrc/cuda",), ("csrc/core",))
 
 # What a folder may include in angle brackets, and nothing else; where there is no entry, anything.
-STANDARD = r"[a-z_0-9]+|sys/mman\.h|immintrin\.h|arm_neon\.h"
+STANDARD = r"[a-z_0-9]+|sys/mman\.h|unistd\.h|immintrin\.h|arm_neon\.h"
 ANGLED = {"csrc/core": STANDARD, "csrc/cuda": rf"{STANDARD}|cuda[a-z_0-9]*\.h|cub/.*|cooperative_groups\.h"}
 
 Arrow = tuple[str, str]

@@ -1,0 +1,176 @@
+"""Optimizer states in files."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.optim import Optimizer
+
+from fastopt.files import torch_file
+from fastopt.files.atomic import replacing
+from fastopt.inspection.places import places
+from fastopt.policy import Devices, DTypes
+from fastopt.report import LoadReport
+from fastopt.state_dict import StateDict, load_state_dict, state_dict
+from fastopt.text import counted, duration, listed, size
+
+DEPTH = 3
+"""Levels of a checkpoint at which a state dict is looked for, to say where one is."""
+
+
+@dataclass
+class SaveReport:
+    """What `save` did. Prints as one line."""
+
+    path: str
+    tensors: int
+    bytes_written: int
+    """The size of the file."""
+    seconds: float
+
+    def __str__(self) -> str:
+        rate = f", {size(self.bytes_written / self.seconds)}/s" if self.seconds else ""
+        return (
+            f"saved {counted(self.tensors, 'tensor')} in {duration(self.seconds)}: {self.path}, "
+            f"{size(self.bytes_written)}{rate}"
+        )
+
+
+def save(optimizer: Optimizer, path: str | os.PathLike[str]) -> SaveReport:
+    """Write the state of an optimizer to a file that `torch.load(path, weights_only=True)` reads.
+
+    An existing file is replaced at once and as a whole, and is on the disk when this returns: after a crash or a loss
+    of power at any moment the old file or the new one is there, whole. The hooks of saving run.
+
+    Raises:
+        OSError: the file cannot be written; an existing one stays as it was.
+    """
+    started = time.perf_counter()
+    saved = state_dict(optimizer)
+    with replacing(path) as file:
+        torch.save(saved, file)
+    tensors = sum(isinstance(place.value, torch.Tensor) for entry in saved["state"].values() for place in places(entry))
+    return SaveReport(os.fspath(path), tensors, os.path.getsize(path), time.perf_counter() - started)
+
+
+def load(
+    optimizer: Optimizer,
+    path: str | os.PathLike[str],
+    *,
+    key: str | None = None,
+    transform: Callable[[StateDict], StateDict] | None = None,
+    safe_globals: Iterable[torch_file.SafeGlobal] = (),
+    policy: DTypes | None = None,
+    device: Devices = "param",
+    inplace: bool | Literal["auto"] = False,
+    audit: bool = False,
+) -> LoadReport:
+    """Load a state into an optimizer from a file that `torch.save` wrote.
+
+    The bytes go from the file to where they belong once, and are cast on the way: no copy of the file or of its state
+    is made in memory. No code of the file's runs, and no class of it is imported.
+
+    Args:
+        optimizer: the optimizer to fill.
+        path: a file with a state dict, or with a larger checkpoint that holds one. It must not be cut short meanwhile.
+        key: where in the checkpoint the state dict is: `"optimizer"`, or a path of keys and indices as
+            `"optimizer_states.0"`, which is Lightning's. None: the whole file is the state dict.
+        transform: what is done to the state dict before it is loaded, as `lambda saved: fastopt.match(saved,
+            optimizer)`.
+        safe_globals: classes and functions that the file may name besides those that `torch.load(weights_only=True)`
+            takes.
+        policy: as in `load_state_dict`; so are the others.
+        device: the device that state goes to.
+        inplace: whether it goes into the tensors that the optimizer already holds.
+        audit: whether what casts do to values is counted.
+
+    Returns:
+        The report of the load; its time is that of reading and loading.
+
+    Raises:
+        OSError: the file cannot be opened.
+        pickle.UnpicklingError: the file names classes or functions that are not allowed; the text lists them.
+        KeyError: there is no state dict at `key`; the text says where there are some.
+        Exception: what torch raises for a file that is damaged, or what `load_state_dict` raises.
+
+    After any error the optimizer is as it was, as far as `load_state_dict` says.
+    """
+    started = time.perf_counter()
+    saved = read_state_dict(path, key, safe_globals)
+    if transform is not None:
+        saved = transform(saved)
+    try:
+        report = load_state_dict(
+            optimizer, saved, copy=True, policy=policy, device=device, inplace=inplace, audit=audit
+        )
+    except Exception as error:
+        error.add_note(f"while loading {os.fspath(path)}")
+        raise
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def read_state_dict(
+    path: str | os.PathLike[str], key: str | None = None, safe_globals: Iterable[torch_file.SafeGlobal] = ()
+) -> StateDict:
+    """The state dict that a file holds, whose tensors are not read yet.
+
+    Raises:
+        KeyError: there is none at `key`.
+    """
+    content = torch_file.read(path, safe_globals)
+    found = content if key is None else value_at(content, key)
+    if not is_state_dict(found):
+        there = (
+            f"{os.fspath(path)} is no state dict" if key is None else f"{os.fspath(path)} has no state dict at {key!r}"
+        )
+        candidates = list(state_dicts_in(content))
+        hint = f"; pass key={' or '.join(map(repr, candidates))}" if candidates else top_level(content)
+        raise KeyError(there + hint)
+    return found  # type: ignore[no-any-return]
+
+
+def value_at(content: Any, key: str) -> Any:
+    """The value at a path of keys and indices; None where there is none."""
+    if isinstance(content, Mapping) and key in content:
+        return content[key]
+    first, _, rest = key.partition(".")
+    if isinstance(content, Mapping):
+        options = [first, int(first)] if first.isdecimal() else [first]
+        inner = next((content[option] for option in options if option in content), None)
+    elif isinstance(content, list | tuple) and first.isdecimal() and int(first) < len(content):
+        inner = content[int(first)]
+    else:
+        return None
+    return value_at(inner, rest) if rest else inner
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether a value looks like the state dict of an optimizer."""
+    return isinstance(value, Mapping) and "state" in value and "param_groups" in value
+
+
+def state_dicts_in(content: Any, path: str = "", depth: int = 0) -> Iterator[str]:
+    """The paths of all state dicts within a checkpoint."""
+    if is_state_dict(content):
+        if path:
+            yield path
+    elif depth < DEPTH:
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(content, Mapping):
+            items = content.items()
+        elif isinstance(content, list | tuple):
+            items = enumerate(content)
+        for key, value in items:
+            yield from state_dicts_in(value, f"{path}.{key}" if path else str(key), depth + 1)
+
+
+def top_level(content: Any) -> str:
+    """What a file holds instead, for an error."""
+    if not isinstance(content, Mapping):
+        return f", but a {type(content).__name__}"
+    keys: Sequence[str] = [repr(key) for key in content]
+    return f"; it holds {listed(keys[:8], len(keys))}" if keys else "; it is empty"
