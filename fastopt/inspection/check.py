@@ -243,7 +243,7 @@ def shape_problems(optimizer: Optimizer, rows: Iterable[Row]) -> Iterator[Proble
     """State that is shaped unlike its parameter, where it should be."""
     pairs_by_key: dict[Any, list[tuple[Row, torch.Tensor]]] = defaultdict(list)
     for row in rows:
-        if row.param and not row.place.is_nested:
+        if row.param and not (row.place.is_nested or row.value.is_nested):
             pairs_by_key[row.place.key].append((row, row.param.tensor))
     for key, pairs in pairs_by_key.items():
         saved = [(row.value, param) for row, param in pairs]

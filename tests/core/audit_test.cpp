@@ -1,4 +1,4 @@
-// Audits, held to what the kernels make of each value.
+// What a job does besides the cast: audits, held to what the kernels make of each value, and sources that go.
 #include "audit.h"
 
 #include <algorithm>
@@ -16,6 +16,7 @@
 #include "core_test.h"
 #include "cpu_target.h"
 #include "dtype.h"
+#include "huge_pages.h"
 #include "kernels.h"
 #include "run.h"
 
@@ -133,12 +134,42 @@ void test_an_audit_of_few_values_reads_no_byte_too_many() {
   }
 }
 
+// Three jobs side by side in one mapping, the middle one given: it is read before it goes, and it goes alone.
+void test_what_is_given_is_discarded_and_nothing_beside_it() {
+  constexpr int64_t kEach = 1'000'003;
+  const Kernels& kernels = fastopt::kernels();
+  const fastopt::Mapping source = fastopt::map_huge(4 * 3 * kEach);
+  char* src = static_cast<char*>(source.address);
+  fill(src, 3 * kEach);
+  const Buffer before(4 * 3 * kEach);
+  std::memcpy(before.data(), src, 4 * 3 * kEach);
+  const Buffer dst(2 * 3 * kEach);
+  const Buffer wanted(2 * 3 * kEach);
+  kernels.find(DType::Float32, DType::BFloat16)(before.data(), wanted.data(), 3 * kEach);
+
+  std::vector<Job> jobs;
+  for (int64_t i = 0; i < 3; ++i) {
+    jobs.push_back({src + 4 * kEach * i, dst.data() + 2 * kEach * i, kEach, DType::Float32, DType::BFloat16, nullptr,
+                    /*is_given=*/i == 1});
+  }
+  fastopt::run(jobs, kernels, 4, in_threads);
+  check(std::memcmp(dst.data(), wanted.data(), 2 * 3 * kEach) == 0, "other results");
+  check(std::memcmp(src, before.data(), 4 * kEach) == 0, "the job before was discarded too");
+  check(std::memcmp(src + 8 * kEach, before.data() + 8 * kEach, 4 * kEach) == 0, "the job behind was discarded too");
+#if defined(__linux__)
+  const int64_t zeros = std::count(src + 4 * kEach, src + 8 * kEach, '\0');
+  check(zeros > 4 * kEach * 9 / 10, "of what was given, ", zeros, " bytes are zero");
+#endif
+  fastopt::unmap(source);
+}
+
 }  // namespace
 
 std::span<const Test> audit_tests() {
   static constexpr std::array kTests{
       TEST(test_threads_audit_every_value_once),
       TEST(test_an_audit_of_few_values_reads_no_byte_too_many),
+      TEST(test_what_is_given_is_discarded_and_nothing_beside_it),
   };
   return kTests;
 }
