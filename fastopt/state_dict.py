@@ -105,10 +105,10 @@ def load_state_dict(
             `"auto"`: a saved tensor that finds none of its shape in its place is loaded as ever, copied; the report
             lists such places in `replaced`.
         donate: whether the dict is given away. Its state is released while it is cast, so that inputs and outputs are
-            never in memory both: 32 MiB at a time, and large tensors in parts (with the Python backend one parameter's
-            as a whole). What somebody else holds, or is in memory that torch's allocator did not make, stays. What
-            needs no cast is taken over, whatever `copy` says. From the first cast on the dict is empty, also after an
-            error; loading it again is a KeyError.
+            never in memory both: 32 MiB at a time, and the tensors of a larger parameter in parts (with the Python
+            backend, and for what takes rules of Python, one parameter's as a whole). What somebody else holds, or is in
+            memory that torch's allocator did not make, stays. What needs no cast is taken over, whatever `copy` says.
+            From the first cast on the dict is empty, also after an error; loading it again is a KeyError.
         audit: whether casts from one dtype to another are looked at, value by value: what overflows to infinity or
             underflows to zero, and how much is rounded away, by key and dtypes in the report's `audit`.
 

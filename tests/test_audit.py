@@ -178,3 +178,26 @@ def test_the_report_says_what_was_lost():
     assert "  audit of 3 values of ok, float32 to float16: none lost, largest relative error 0" in lines
     assert report.audit["m", F32, F16].lost == 3
     assert backend_in_use().name in lines[0]
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000, -0x400000], ids=hex)
+@pytest.mark.parametrize("target", [torch.float64, BF16, F16], ids=str)
+def test_nans_of_all_bits_hide_nothing(bits, target):
+    value = torch.ones(4096)
+    value[5] = math.inf
+    value.view(torch.int32)[5 + 16] = bits  # the same lane of a vector
+    optimizer = Bare([parameter(3, dtype=target)])
+    report = fastopt.load_state_dict(optimizer, saved({0: {"m": value}}), audit=True)
+    [count] = report.audit.values()
+    assert (count.values, count.nan, count.inf) == (4096, 1, 1)
+
+
+@pytest.mark.parametrize("target", [BF16, F16], ids=str)
+def test_zeros_are_neither_lost_nor_do_they_hide_what_is(target):
+    value = torch.zeros(5000)
+    value[100:200] = 1 + 2**-9
+    value[4000] = 1e-42
+    optimizer = Bare([parameter(3, dtype=target)])
+    report = fastopt.load_state_dict(optimizer, saved({0: {"m": value}}), audit=True)
+    [count] = report.audit.values()
+    assert (count.underflowed, count.overflowed) == (1, 0)

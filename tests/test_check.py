@@ -319,3 +319,38 @@ def test_time_is_linear_and_memory_bounded():
     started = time.perf_counter()
     assert fastopt.check(optimizer, saved(state, range(count)), finite=True) == []
     assert time.perf_counter() - started < 20
+
+
+def test_a_load_that_went_wrong_is_found_afterwards():
+    optimizer = adam((3, 2), (2, 3))
+    wrong = state_of(trained(adam((2, 3), (3, 2))))
+    torch_load(optimizer, wrong, copy=True)
+    assert len(fastopt.check(optimizer, wrong)) == 4
+
+
+def test_low_rank_state_of_the_matrices_passes():
+    params = [parameter(64, 8), *(parameter(64) for _ in range(5))]
+    state = {i: {"m": torch.zeros(2, 8) if i == 0 else torch.zeros(64)} for i in range(6)}
+    assert fastopt.check(Bare(params), saved(state, range(6))) == []
+
+
+def test_an_odd_step_is_the_only_problem():
+    optimizer = adam((3, 2), (2, 3))
+    bad = state_of(trained(adam((3, 2), (2, 3))))
+    bad["state"][0]["step"] = torch.ones(2)
+    assert places(fastopt.check(optimizer, bad)) == {("shape", 0, "step")}
+
+
+def test_time_is_linear_in_the_number_of_keys():
+    count = 20_000
+    optimizer = Bare([parameter(2) for _ in range(count)])
+    state = {i: {f"key {i}": torch.zeros(2)} for i in range(count)}
+    started = time.perf_counter()
+    assert fastopt.check(optimizer, saved(state, range(count))) == []
+    assert time.perf_counter() - started < 10
+
+
+def test_an_iterator_is_not_used_up():
+    items = iter([1, 2])
+    fastopt.check(Bare([parameter(2)]), saved({0: {"m": items}}), finite=True)
+    assert list(items) == [1, 2]

@@ -233,3 +233,34 @@ def test_python_holds_no_list_of_the_values():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_unsigned_integers(dtype):
+    a, b = torch.tensor([1, 2], dtype=dtype), torch.tensor([1, 5], dtype=dtype)
+    assert (both(a, b)[1].different, both(a, b)[1].absolute) == (1, 3)
+    assert both(a, b.to(torch.int64))[1].different == 1
+    seen = fastopt.summary(one(b), values=True).keys["m"].range
+    assert (seen.minimum, seen.maximum) == (1, 5)
+
+
+def test_equal_tensors_without_numbers_do_not_differ():
+    sparse = torch.eye(3).to_sparse()
+    assert not fastopt.diff(one(sparse), one(sparse.clone()))
+    meta = torch.zeros(3, device="meta")
+    assert not fastopt.diff(one(meta), one(meta.clone()))
+
+
+def test_empty_containers_are_values():
+    assert fastopt.diff(one([]), one({})).others == ["m of parameter 0: [] and {}"]
+    assert fastopt.diff(one([]), saved({0: {}})).only_in_a == ["m of parameter 0"]
+
+
+def test_the_smallest_numbers():
+    seen = both(torch.tensor([5e-324], dtype=torch.float64), torch.tensor([1e-323], dtype=torch.float64))[1]
+    assert seen.relative == 0.5
+
+
+def test_names_that_are_none():
+    state_dict = {"state": {}, "param_groups": [{"params": [0], "param_names": None}]}
+    assert not fastopt.diff(state_dict, state_dict)

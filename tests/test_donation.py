@@ -168,7 +168,7 @@ def test_every_pair_of_options_works_or_is_refused(pair):
 
 # ---- what somebody else can still read ----
 
-LARGE = 6 * 2**20  # elements: large enough to be released in parts
+LARGE = 16 * 2**20  # elements: large enough to be released in parts
 
 
 def numpy_array():
@@ -276,3 +276,20 @@ def test_a_container_in_two_places_is_cast_in_both():
     first, second = optimizer.state.values()
     for value in (first["m"][0], second["m"][0], second["n"]["deep"][0]):
         assert bool((value == 1.5).all())
+
+
+def test_a_value_that_is_made_of_a_weak_reference_is_whole():
+    class Remembering(list):
+        def __iter__(self):
+            return iter([self.reference().clone()])
+
+    tensor = torch.full((LARGE,), 1.5)
+    remembering = Remembering()
+    remembering.reference = weakref.ref(tensor)
+    state_dict = saved({0: {"m": tensor, "r": remembering}})
+    del tensor
+    optimizer = Bare([parameter(1, dtype=BF16)])
+    fastopt.load_state_dict(optimizer, state_dict, donate=True)
+    [state] = optimizer.state.values()
+    assert all(bool((item == 1.5).all()) for item in list.__iter__(state["r"]))
+    assert bool((state["m"] == 1.5).all())

@@ -93,7 +93,7 @@ py::object Batch::cast(py::handle src, at::ScalarType dtype, Audit* audit, bool 
   }
   Job job = job_of(to, from, *dtypes);
   job.audit = audit;
-  job.is_given = is_given && is_discardable(from);
+  job.is_given = is_given && is_discardable(src.ptr(), from);
   return add(job, src, std::move(to));
 }
 

@@ -42,6 +42,12 @@ bool has_attributes(PyObject* object) {
   return dict != nullptr && *dict != nullptr && PyDict_GET_SIZE(*dict) > 0;
 }
 
+// As CPython's own _PyObject_GET_WEAKREFS_LISTPTR, which is not public.
+bool has_weak_references(PyObject* object) {
+  const Py_ssize_t offset = Py_TYPE(object)->tp_weaklistoffset;
+  return offset == 0 || *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset) != nullptr;
+}
+
 // A storage that Python has looked at once, as torch.load and torch.save do, has a Python object from then on, which
 // refers to it; nobody else refers to that object.
 bool is_the_only_user(const c10::Storage& storage) {
@@ -81,10 +87,9 @@ bool has_only_its_storage(PyObject* object, const at::Tensor& tensor) {
          !has_attributes(object);
 }
 
-bool is_discardable(const at::Tensor& tensor) {
-  constexpr size_t kSmallestDiscarded = size_t{16} << 20;  // what is smaller is released soon enough, and as a whole
+bool is_discardable(PyObject* object, const at::Tensor& tensor) {
   const c10::Storage& storage = tensor.storage();
-  return tensor.nbytes() >= kSmallestDiscarded && tensor.use_count() == 1 && is_the_only_user(storage) &&
+  return tensor.use_count() == 1 && !has_weak_references(object) && is_the_only_user(storage) &&
          storage.data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
 }
 

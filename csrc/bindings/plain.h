@@ -25,11 +25,12 @@ bool is_plain_cuda(const at::Tensor& tensor);  // on a GPU
 bool has_only_its_storage(PyObject* object, const at::Tensor& tensor);
 
 // Note [Given memory]
-// A tensor that is given away is released when it has been cast, and a large one page by page before that: input and
-// output are then never in memory both. What is discarded must be nobody else's. So the Python object has one
-// reference, the tensor one and the storage one, and the storage was made by torch's own allocator: other memory (a
-// numpy array, a mapped file, pinned or shared memory) may have readers that no count shows.
-bool is_discardable(const at::Tensor& tensor);
+// A tensor that is given away is released when it has been cast, and in a large batch part by part before that: input
+// and output are then never in memory both. What is discarded must be nobody else's. So the Python object has one
+// reference (the caller's to know) and no weak one, the tensor has one and its storage has one, and the storage was
+// made by torch's own allocator: other memory (a numpy array, a mapped file, pinned or shared memory) may have readers
+// that no count shows.
+bool is_discardable(PyObject* object, const at::Tensor& tensor);
 
 // The kernels' dtypes for a cast of plain tensors, where there is a kernel; equal dtypes are moved as bytes.
 struct CastDTypes {

@@ -2,8 +2,9 @@
 // cast_loop.h, and for the same reason all of it has internal linkage).
 //
 // Note [Ordinary blocks]
-// Nearly all values of nearly all states are ordinary: finite, and normal in the new dtype. So a block is first looked
-// at as a whole: its largest and smallest result, and whether any error is larger than the largest so far. Only where
+// Nearly all values of nearly all states are ordinary: zero, or finite and normal in the new dtype. So a block is first
+// looked at as a whole: its largest result, its smallest value that is not zero (less one bit, zero is the largest
+// unsigned number), and whether any error is larger than the largest so far. Only where
 // that says that something is not ordinary are its values counted one by one.
 #pragma once
 
@@ -102,39 +103,51 @@ bool is_ordinary(const char* src, int64_t count, Wide<Src> largest_error) {
     } else {
       const W after = after_cast<Dst>(before);
       largest = std::max(largest, magnitude(after));
-      smallest = std::min(smallest, magnitude(after));
+      smallest = std::min(smallest, static_cast<BitsOf<W>>(magnitude(before) - 1));
       worse |= static_cast<BitsOf<W>>(std::abs(before - after) > largest_error * std::abs(before));
     }
   }
   constexpr auto normal = std::bit_cast<BitsOf<W>>(kSmallestNormal<Dst, W>);
-  return largest < kInfinity<W> && (kExact<Src, Dst> || (smallest >= normal && worse == 0));
+  return largest < kInfinity<W> && (kExact<Src, Dst> || (smallest >= normal - 1 && worse == 0));
 }
 
+// Without a branch, so that it becomes vector code: a state that is too small for its new dtype has no ordinary block.
 template <class Src, class Dst>
 void count_one_by_one(const char* src, int64_t count, Audit& audit) {
   using W = Wide<Src>;
+  using Bits = BitsOf<W>;
+  constexpr auto old_normal = std::bit_cast<Bits>(kSmallestNormal<Src, W>);
+  constexpr auto new_normal = std::bit_cast<Bits>(kSmallestNormal<Dst, W>);
+  Bits nan = 0;
+  Bits inf = 0;
+  Bits overflowed = 0;
+  Bits underflowed = 0;
+  Bits subnormal = 0;
+  Bits largest_error = 0;  // the bits of one that is not negative are in its order
   for (int64_t i = 0; i < count; ++i) {
     const W before = value_at<Src>(src, i);
-    const auto from = magnitude(before);
-    if (from >= kInfinity<W>) {
-      ++(from == kInfinity<W> ? audit.inf : audit.nan);
-      continue;
-    }
+    const Bits from = magnitude(before);
+    nan += static_cast<Bits>(from > kInfinity<W>);
+    inf += static_cast<Bits>(from == kInfinity<W>);
     if constexpr (!kExact<Src, Dst>) {
       const W after = after_cast<Dst>(before);
-      const auto to = magnitude(after);
-      if (to == kInfinity<W>) {
-        audit.overflowed += 1;
-      } else if (to == 0) {
-        audit.underflowed += from != 0;
-      } else {
-        const bool was_normal = std::abs(before) >= kSmallestNormal<Src, W>;
-        audit.subnormal += was_normal && std::abs(after) < kSmallestNormal<Dst, W>;
-        const auto error = static_cast<double>(std::abs(before - after) / std::abs(before));
-        audit.largest_error = std::max(audit.largest_error, error);
-      }
+      const Bits to = magnitude(after);
+      const auto was_finite = static_cast<Bits>(from < kInfinity<W>);
+      overflowed += was_finite & static_cast<Bits>(to == kInfinity<W>);
+      underflowed += was_finite & static_cast<Bits>(to == 0) & static_cast<Bits>(from != 0);
+      subnormal += was_finite & static_cast<Bits>(to != 0) & static_cast<Bits>(from >= old_normal) &
+                   static_cast<Bits>(to < new_normal);
+      const Bits error = magnitude((before - after) / before);
+      const Bits counts = was_finite & static_cast<Bits>(to != 0) & static_cast<Bits>(to < kInfinity<W>);
+      largest_error = std::max(largest_error, static_cast<Bits>(error & (Bits{0} - counts)));
     }
   }
+  audit.nan += static_cast<int64_t>(nan);
+  audit.inf += static_cast<int64_t>(inf);
+  audit.overflowed += static_cast<int64_t>(overflowed);
+  audit.underflowed += static_cast<int64_t>(underflowed);
+  audit.subnormal += static_cast<int64_t>(subnormal);
+  audit.largest_error = std::max(audit.largest_error, static_cast<double>(std::bit_cast<W>(largest_error)));
 }
 
 template <class Src, class Dst>

@@ -95,7 +95,8 @@ struct SixteenLanes {
 
   static void fence() { _mm_sfence(); }
 
-  // The largest and the smallest magnitude of results, and whether an error was larger than a given one.
+  // The largest magnitude of results, the smallest of values less one bit, unsigned, so that zero is the largest, and
+  // whether an error was larger than a given one.
   template <class Src, class Dst>
   class Watch {
    public:
@@ -107,12 +108,13 @@ struct SixteenLanes {
     }
 
     bool saw_only_ordinary() const {
-      const __m256i infinity = _mm256_set1_epi32(static_cast<int>(kInfinity<float>));
-      const __m256i normal = _mm256_set1_epi32(std::bit_cast<int>(kSmallestNormal<Dst, float>));
-      __m256i odd = _mm256_cmpgt_epi32(_mm256_add_epi32(largest_, _mm256_set1_epi32(1)), infinity);
+      const __m256i largest_finite = _mm256_set1_epi32(static_cast<int>(kInfinity<float>) - 1);
+      __m256i odd = _mm256_cmpgt_epi32(largest_, largest_finite);
       if constexpr (!kExact<Src, Dst>) {
-        odd = _mm256_or_si256(odd, _mm256_cmpgt_epi32(normal, smallest_));
+        const __m256i below_normal = _mm256_set1_epi32(std::bit_cast<int>(kSmallestNormal<Dst, float>) - 1);
+        const __m256i is_normal = _mm256_cmpeq_epi32(_mm256_max_epu32(smallest_, below_normal), smallest_);
         odd = _mm256_or_si256(odd, _mm256_castps_si256(worse_));
+        odd = _mm256_or_si256(odd, _mm256_xor_si256(is_normal, _mm256_set1_epi32(-1)));
       }
       return _mm256_movemask_epi8(odd) == 0;
     }
@@ -120,11 +122,11 @@ struct SixteenLanes {
    private:
     void see_eight(__m256 before) {
       const __m256 after = result(before);
-      const __m256i size = _mm256_castps_si256(magnitude(after));
-      largest_ = _mm256_max_epi32(largest_, size);
+      largest_ = _mm256_max_epi32(largest_, _mm256_castps_si256(magnitude(after)));
       if constexpr (!kExact<Src, Dst>) {
-        smallest_ = _mm256_min_epi32(smallest_, size);
-        const __m256 limit = _mm256_mul_ps(magnitude(before), largest_error_);
+        const __m256 size = magnitude(before);
+        smallest_ = _mm256_min_epu32(smallest_, _mm256_add_epi32(_mm256_castps_si256(size), _mm256_set1_epi32(-1)));
+        const __m256 limit = _mm256_mul_ps(size, largest_error_);
         const __m256 error = magnitude(_mm256_sub_ps(before, after));
         worse_ = _mm256_or_ps(worse_, _mm256_cmp_ps(error, limit, _CMP_GT_OQ));
       }
@@ -146,7 +148,7 @@ struct SixteenLanes {
 
     __m256 largest_error_;
     __m256i largest_ = _mm256_setzero_si256();
-    __m256i smallest_ = _mm256_set1_epi32(std::numeric_limits<int>::max());
+    __m256i smallest_ = _mm256_set1_epi32(-1);
     __m256 worse_ = _mm256_setzero_ps();
   };
 };

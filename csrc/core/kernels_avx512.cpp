@@ -83,20 +83,20 @@ struct SixteenLanes {
 
     void see(__m512 before) {
       const __m512 after = result(before);
-      const __m512i size = _mm512_castps_si512(_mm512_abs_ps(after));
-      largest_ = _mm512_max_epi32(largest_, size);
+      largest_ = _mm512_max_epi32(largest_, _mm512_castps_si512(_mm512_abs_ps(after)));
       if constexpr (!kExact<Src, Dst>) {
-        smallest_ = _mm512_min_epi32(smallest_, size);
-        const __m512 limit = _mm512_mul_ps(_mm512_abs_ps(before), largest_error_);
+        const __m512 size = _mm512_abs_ps(before);
+        smallest_ = _mm512_min_epu32(smallest_, _mm512_sub_epi32(_mm512_castps_si512(size), _mm512_set1_epi32(1)));
+        const __m512 limit = _mm512_mul_ps(size, largest_error_);
         const __m512 error = _mm512_abs_ps(_mm512_sub_ps(before, after));
         worse_ = static_cast<__mmask16>(worse_ | _mm512_cmp_ps_mask(error, limit, _CMP_GT_OQ));
       }
     }
 
     bool saw_only_ordinary() const {
-      constexpr auto kNormal = std::bit_cast<int>(kSmallestNormal<Dst, float>);
+      constexpr auto kNormal = std::bit_cast<uint32_t>(kSmallestNormal<Dst, float>);
       const bool finite = _mm512_reduce_max_epi32(largest_) < static_cast<int>(kInfinity<float>);
-      return finite && (kExact<Src, Dst> || (_mm512_reduce_min_epi32(smallest_) >= kNormal && worse_ == 0));
+      return finite && (kExact<Src, Dst> || (_mm512_reduce_min_epu32(smallest_) >= kNormal - 1 && worse_ == 0));
     }
 
    private:
@@ -112,7 +112,7 @@ struct SixteenLanes {
 
     __m512 largest_error_;
     __m512i largest_ = _mm512_setzero_si512();
-    __m512i smallest_ = _mm512_set1_epi32(std::numeric_limits<int>::max());
+    __m512i smallest_ = _mm512_set1_epi32(-1);
     __mmask16 worse_ = 0;
   };
 };

@@ -30,18 +30,26 @@ constexpr int64_t kCutElements = 64;       // cuts fall on multiples of this: wh
 constexpr int64_t kStreamedBatch = 16 << 20;  // bytes written
 constexpr int64_t kStreamedJob = 4 << 10;
 
+// A batch that reads less than this needs not give back what it has read before it ends; a large one, but for jobs that
+// are less than some pages.
+constexpr int64_t kDiscardedBatch = 48 << 20;
+constexpr int64_t kDiscardedJob = 64 << 10;
+
 class Line {
  public:
   explicit Line(std::span<const Job> jobs) : jobs_(jobs) {
     ends_.reserve(jobs.size());
     int64_t end = 0;
+    int64_t read = 0;
     int64_t written = 0;
     for (const Job& job : jobs) {
       end += kJobCost + job.count * bytes_per_element(job);
       ends_.push_back(end);
+      read += bytes_read(job);
       written += bytes_written(job);
     }
     streams_ = written >= kStreamedBatch;
+    discards_ = read >= kDiscardedBatch;
   }
 
   int64_t length() const { return ends_.empty() ? 0 : ends_.back(); }
@@ -68,7 +76,7 @@ class Line {
     } else {
       audited_cast(job, src, dst, last - first, kernels);
     }
-    if (job.is_given) {
+    if (job.is_given && discards_ && bytes_read(job) >= kDiscardedJob) {
       discard(const_cast<char*>(src), static_cast<size_t>((last - first) * size_of(job.src_dtype)));
     }
   }
@@ -85,6 +93,8 @@ class Line {
     const std::scoped_lock lock(audits_);
     return job.audit->largest_error;
   }
+
+  static int64_t bytes_read(const Job& job) { return job.count * size_of(job.src_dtype); }
 
   static int64_t bytes_written(const Job& job) { return job.count * size_of(job.dst_dtype); }
 
@@ -110,6 +120,7 @@ class Line {
   std::span<const Job> jobs_;
   std::vector<int64_t> ends_;
   bool streams_;       // Note [Streaming]
+  bool discards_;      // what is given
   std::mutex audits_;  // guards what the jobs' `audit` point to
 };
 

@@ -17,7 +17,7 @@ struct Job {
   DType src_dtype;
   DType dst_dtype;
   Audit* audit = nullptr;  // where the cast is counted, if it is to be; several jobs may share one
-  bool is_given = false;   // whether the memory at `src` is discarded as it has been read
+  bool is_given = false;   // whether the memory at `src` may be lost; a large batch discards it as it has been read
 };
 
 // Calls `task(i)` for every i in [0, tasks), on as many threads as it sees fit, and returns when all are done.

@@ -91,8 +91,9 @@ def check(optimizer: Optimizer, state_dict: StateDict, *, shapes: bool = True, f
         shapes: whether state shaped unlike its parameter is a problem, under keys where it should not be: those under
             which the optimizer holds state of its parameters' shapes now; all keys of torch's own optimizers, whose
             state is shaped so or is one element (all but Adafactor and LBFGS); and those under which most of the saved
-            state has its parameter's shape, or all of it has the shape of some other parameter that it could have been
-            saved for. So factored state, and state of one element or other sizes, pass.
+            state has its parameter's shape (most of the matrices', most of the others'), or all of it has the shape of
+            some other parameter that it could have been saved for. So factored state, and state of one element or
+            other sizes, pass.
         finite: whether NaNs and infinities in the state, and NaNs among the hyperparameters, are a problem. Reads all
             of the state once, at the memory's speed.
 
@@ -245,31 +246,32 @@ def shape_problems(optimizer: Optimizer, rows: Iterable[Row]) -> Iterator[Proble
     for row in rows:
         if row.param and not (row.place.is_nested or row.value.is_nested):
             pairs_by_key[row.place.key].append((row, row.param.tensor))
+    by_rule = type(optimizer) in SHAPED_BY_RULE
+    held_by_key = {} if by_rule else held_tensors(optimizer)
     for key, pairs in pairs_by_key.items():
         saved = [(row.value, param) for row, param in pairs]
-        all_shaped = has_shaped_state(optimizer, key, saved)
+        held = held_by_key.get(key, {})
+        is_permuted = has_permuted_shapes(saved)
+        is_shaped = {matrix: mostly_alike(held.values() or saved, matrix) for matrix in (False, True)}
         for row, param in pairs:
-            now = held(optimizer, param, key)
-            is_shaped = all_shaped if now is None else alike(now, param)
-            if is_shaped and not alike(row.value, param):
+            if by_rule:
+                wanted = row.value.numel() > 1 or is_shaped[is_matrix(param)] or is_permuted
+            elif param in held:
+                wanted = alike(*held[param])
+            else:
+                wanted = is_shaped[is_matrix(param)] or (is_permuted and not held)
+            if wanted and not alike(row.value, param):
                 yield row.problem("shape", f"belongs to a parameter of shape {list(param.shape)}")
 
 
-def has_shaped_state(optimizer: Optimizer, key: Any, saved: Sequence[Pair]) -> bool:
-    """Whether the state under a key is shaped like its parameters, as far as anything shows it."""
-    params = (param for group in optimizer.param_groups for param in group["params"])
-    now = [(tensor, param) for param in params if (tensor := held(optimizer, param, key)) is not None]
-    if any(param.numel() > 1 for _, param in now):
-        return mostly_alike(now)
-    by_rule = type(optimizer) in SHAPED_BY_RULE and any(value.numel() > 1 for value, _ in saved)
-    return by_rule or mostly_alike(saved) or is_permuted(saved)
-
-
-def held(optimizer: Optimizer, param: torch.Tensor, key: Any) -> torch.Tensor | None:
-    """The tensor that the optimizer holds for a parameter now."""
-    entry = optimizer.state.get(param)
-    tensor = entry.get(key) if isinstance(entry, Mapping) else None
-    return tensor if isinstance(tensor, torch.Tensor) else None
+def held_tensors(optimizer: Optimizer) -> dict[Any, dict[torch.Tensor, Pair]]:
+    """The tensors that the optimizer holds now, by key and parameter."""
+    held: dict[Any, dict[torch.Tensor, Pair]] = defaultdict(dict)
+    for param, entry in optimizer.state.items():
+        for key, tensor in entry.items() if isinstance(entry, Mapping) else ():
+            if isinstance(tensor, torch.Tensor) and isinstance(param, torch.Tensor) and not tensor.is_nested:
+                held[key][param] = tensor, param
+    return held
 
 
 def alike(value: torch.Tensor, param: torch.Tensor) -> bool:
@@ -277,13 +279,18 @@ def alike(value: torch.Tensor, param: torch.Tensor) -> bool:
     return value.shape == param.shape or value.numel() == param.numel() == 1
 
 
-def mostly_alike(pairs: Iterable[Pair]) -> bool:
-    """Whether more than half are alike, of those whose parameter is more than one element."""
-    likeness = [alike(value, param) for value, param in pairs if param.numel() > 1]
+def is_matrix(param: torch.Tensor) -> bool:
+    """Whether a parameter is of more than one dimension: optimizers that factor their state do so with these alone."""
+    return param.ndim > 1
+
+
+def mostly_alike(pairs: Iterable[Pair], matrix: bool) -> bool:
+    """Whether more than half are alike, of those whose parameter is a matrix, or is none, of more than one element."""
+    likeness = [alike(value, param) for value, param in pairs if param.numel() > 1 and is_matrix(param) == matrix]
     return 2 * sum(likeness) > len(likeness)
 
 
-def is_permuted(pairs: Sequence[Pair]) -> bool:
+def has_permuted_shapes(pairs: Sequence[Pair]) -> bool:
     """Whether the shapes are those of the parameters in another order, as if these had been reordered since."""
     return Counter(value.shape for value, _ in pairs) == Counter(param.shape for _, param in pairs)
 

@@ -123,7 +123,7 @@ def diff(a: Optimizer | StateDict, b: Optimizer | StateDict) -> Diff:
 
 def names_all(groups: Sequence[Group]) -> bool:
     """Whether each parameter has a name of its own."""
-    names = [name for group in groups for name in group.get("param_names", ())]
+    names = [name for group in groups for name in group.get("param_names") or ()]
     return len(set(names)) == len(names) == sum(len(group["params"]) for group in groups)
 
 
@@ -201,7 +201,7 @@ def compare_values(result: Diff, where: str, place: Place, b: Any) -> None:
         return
     numbers_a, numbers_b = (numbers(value) if value.layout is torch.strided else None for value in (a, b))
     if a.shape != b.shape or numbers_a is None or numbers_b is None or numbers_a.shape != numbers_b.shape:
-        if a is not b:
+        if not same_without_numbers(a, b):
             result.others.append(f"{where}: {described(a)} and {described(b)}, not compared")
         return
     seen = difference(numbers_a, numbers_b)
@@ -215,6 +215,19 @@ def compare_values(result: Diff, where: str, place: Place, b: Any) -> None:
         total.dtypes[a.dtype, b.dtype] += 1
     if seen.absolute > total.absolute:
         total.absolute, total.where = seen.absolute, where
+
+
+def same_without_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same that cannot be compared number by number (sparse, quantized, without values)."""
+    if a is b or (a.is_meta and b.is_meta and a.shape == b.shape and a.dtype == b.dtype):
+        return True
+    try:
+        if a.layout is torch.sparse_coo and b.layout is torch.sparse_coo:
+            a, b = a.coalesce(), b.coalesce()
+            return a.shape == b.shape and torch.equal(a.indices(), b.indices()) and torch.equal(a.values(), b.values())
+        return a.layout is b.layout and a.dtype == b.dtype and torch.equal(a, b)
+    except (RuntimeError, TypeError):  # torch has no comparison for them either
+        return False
 
 
 def described(value: Any) -> str:

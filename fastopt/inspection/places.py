@@ -1,6 +1,6 @@
 """What stands where in a state dict: its parameters, and the values of their state."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,7 +17,7 @@ class Place(NamedTuple):
     path: str
     """The way to it, for people: `exp_avg`, `old_dirs[3]`."""
     value: Any
-    """A tensor, or whatever else is no container."""
+    """A tensor, or whatever else is no container, or an empty one."""
     is_nested: bool = False
     """Whether it stands deeper than under the key."""
 
@@ -36,7 +36,7 @@ def places(entry: Any) -> Iterator[Place]:
 
 def values_below(key: Any, path: str, value: Any, is_nested: bool = False) -> Iterator[Place]:
     """All values that stand below one, or itself where it is no container."""
-    if isinstance(value, Tensor) or is_leaf(value) or not isinstance(value, Iterable):
+    if is_whole(value):
         yield Place(key, path, value, is_nested)
     elif isinstance(value, Mapping):
         for inner, item in value.items():
@@ -44,6 +44,13 @@ def values_below(key: Any, path: str, value: Any, is_nested: bool = False) -> It
     else:
         for index, item in enumerate(value):
             yield from values_below(key, f"{path}[{index}]", item, True)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether there is nothing to look at below a value; an iterator would be used up by looking."""
+    if isinstance(value, Tensor) or is_leaf(value) or not isinstance(value, Iterable) or isinstance(value, Iterator):
+        return True
+    return isinstance(value, Sized) and len(value) == 0
 
 
 def label(index: int, position: int, group: Group) -> str:

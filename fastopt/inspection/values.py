@@ -9,21 +9,35 @@ import torch
 CHUNK = 1 << 20
 """Elements that are looked at in one piece, where that makes no copy of them."""
 
+SMALLEST = 5e-324
+"""The smallest positive float64."""
+
 SMALL_CHUNK = 1 << 16
 """Elements that are compared in one piece; its float64 temporaries stay in the cache, and in malloc's hands."""
+
+
+COMPARED_WIDE = (torch.uint16, torch.uint32, torch.uint64)
+"""Dtypes that torch has few operations for."""
+
+NUMBERS = {
+    *(torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128, torch.complex32),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool, *COMPARED_WIDE),
+}
+"""Dtypes whose elements are numbers that torch can look at."""
 
 
 def numbers(tensor: torch.Tensor) -> torch.Tensor | None:
     """The numbers that a tensor holds in memory, as a tensor of real ones; None where there are none to look at.
 
-    Those of a sparse tensor are its values, without their places. Quantized and nested tensors, and those on the meta
-    device, have none.
+    Those of a sparse tensor are its values, without their places. Tensors that are quantized, nested, or on the meta
+    device have none.
     """
     if tensor.layout is torch.sparse_coo:
         tensor = tensor._values()
     elif tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
         tensor = tensor.values()
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_nested or tensor.dtype not in NUMBERS:
         return None
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
@@ -87,6 +101,8 @@ def extremes(piece: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The smallest and the largest value, both NaN if any is; reads once, at the memory's speed."""
     if piece.is_floating_point() and piece.dtype.itemsize == 1:
         piece = piece.to(torch.float32)  # torch does not order floats of 8 bits
+    elif piece.dtype in COMPARED_WIDE:
+        piece = piece.to(torch.float64)
     low, high = torch.aminmax(piece)
     return low, high
 
@@ -185,7 +201,7 @@ def piece_difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
         gaps = gaps.masked_fill_(same, 0.0).nan_to_num_(float("inf"), float("inf"))
         scales.masked_fill_(~scales.isfinite(), 1.0)
         different = ~same
-    elif not (a.is_floating_point() or b.is_floating_point()):
+    elif a.dtype == b.dtype and not a.is_floating_point():
         different = a != b  # int64 has values that float64 has not
-    ratios = gaps / scales.clamp_min_(torch.finfo(torch.float64).tiny)
+    ratios = gaps / scales.clamp_min_(SMALLEST)
     return Difference(a.numel(), int(different.sum()), gaps.max().item(), ratios.max().item())
