@@ -13,13 +13,10 @@ from fastopt.backends.interface import Group
 from fastopt.collector import paused_collector
 from fastopt.containers import agree
 from fastopt.errors import describe_tensor, note_wrong_arguments
-from fastopt.state_dict import StateDict, pack_group
+from fastopt.state_dict import OWN_KEYS, StateDict, pack_group
 
 Rename = Mapping[str, str] | Callable[[str], str] | Sequence[tuple[str | re.Pattern[str], str]]
 NamedParameters = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
-
-OWN_KEYS = ("param_names", "params")
-"""What a group holds besides hyperparameters; in the result it is the optimizer's."""
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")

@@ -12,7 +12,7 @@ from fastopt.text import SHOWN, counted, dtype_name, duration, listed, size, som
 ENOUGH_FOR_A_RATE = 1_000_000
 """Bytes moved from which a rate is printed; with fewer, a load's time is not that of its bytes."""
 
-DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "row_var", "col_var")
+DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "row_var", "col_var", "variance", "exp_inf")
 """State keys of second moments, by the root of which steps are divided, in torch's optimizers."""
 
 

@@ -29,6 +29,9 @@ from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import LoadReport
 
 StateDict = dict[str, Any]
+OWN_KEYS = ("params", "param_names")
+"""What a group holds besides hyperparameters."""
+
 MakeCast = Callable[[Optimizer, list[Group]], Cast]
 """An optimizer and the saved groups -> what casts its state."""
 

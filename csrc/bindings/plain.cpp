@@ -89,8 +89,8 @@ bool has_only_its_storage(PyObject* object, const at::Tensor& tensor) {
 
 bool is_discardable(PyObject* object, const at::Tensor& tensor) {
   const c10::Storage& storage = tensor.storage();
-  return tensor.use_count() == 1 && !has_weak_references(object) && is_the_only_user(storage) &&
-         storage.data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
+  return tensor.use_count() == 1 && tensor.weak_use_count() == 1 && !has_weak_references(object) &&
+         is_the_only_user(storage) && storage.data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
 }
 
 std::optional<CastDTypes> cast_dtypes(at::ScalarType src, at::ScalarType dst) {

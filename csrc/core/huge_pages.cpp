@@ -45,7 +45,10 @@ void unmap(const Mapping& mapping) noexcept {
 void discard(void* begin, size_t bytes) noexcept {
   static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto start = reinterpret_cast<uintptr_t>(begin);
-  const uintptr_t first = (start + page - 1) / page * page;
+  uintptr_t first = (start + page - 1) / page * page;
+  if (first % kHugePage == 0) {
+    first += page;  // of memory in hugetlbfs, some kernels take more than was asked for, but nothing from here on
+  }
   const uintptr_t last = (start + bytes) / page * page;
   if (first < last) {
     madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);  // where it is refused, they stay

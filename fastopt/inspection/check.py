@@ -14,7 +14,7 @@ from fastopt.collector import paused_collector
 from fastopt.errors import describe_tensor
 from fastopt.inspection.places import Place, label, places
 from fastopt.inspection.values import not_finite, numbers
-from fastopt.state_dict import StateDict
+from fastopt.state_dict import OWN_KEYS, StateDict
 
 SHAPED_BY_RULE = {
     optimizer
@@ -25,10 +25,6 @@ SHAPED_BY_RULE = {
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A tensor of the state, and its parameter."""
-
-OWN_KEYS = ("params", "param_names")
-"""What a group holds besides hyperparameters."""
-
 
 Kind = Literal["structure", "shape", "dtype", "values"]
 
@@ -98,7 +94,7 @@ def check(optimizer: Optimizer, state_dict: StateDict, *, shapes: bool = True, f
             of the state once, at the memory's speed.
 
     Returns:
-        Every problem, in the order of the dict; empty if there is none.
+        Every problem, those of the structure first, then by kind and key; empty if there is none.
 
     Raises:
         TypeError: `optimizer` is none.

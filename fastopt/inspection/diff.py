@@ -15,11 +15,8 @@ from fastopt.containers import agree
 from fastopt.errors import describe_tensor
 from fastopt.inspection.places import Place, label, places
 from fastopt.inspection.values import difference, numbers
-from fastopt.state_dict import StateDict, packed
+from fastopt.state_dict import OWN_KEYS, StateDict, packed
 from fastopt.text import SHOWN, aligned, counted, dtype_name
-
-OWN_KEYS = ("params", "param_names")
-"""What a group holds besides hyperparameters."""
 
 
 @dataclass
@@ -36,7 +33,7 @@ class KeyDiff:
     dtypes: Counter[tuple[torch.dtype, torch.dtype]] = field(default_factory=Counter)
     """Tensors whose dtypes differ, by both."""
     absolute: float = 0.0
-    """The largest |a - b|; infinite where one of two different values is NaN or infinite."""
+    """The largest |a - b| in float64; infinite where one of two different values is NaN or infinite."""
     relative: float = 0.0
     """The largest |a - b| / max(|a|, |b|), which is at most 2; infinite like `absolute`."""
     where: str = ""
@@ -213,7 +210,7 @@ def compare_values(result: Diff, where: str, place: Place, b: Any) -> None:
     total.relative = max(total.relative, seen.relative)
     if a.dtype != b.dtype:
         total.dtypes[a.dtype, b.dtype] += 1
-    if seen.absolute > total.absolute:
+    if seen.different and (not total.where or seen.absolute > total.absolute):
         total.absolute, total.where = seen.absolute, where
 
 

@@ -12,7 +12,7 @@ from fastopt.casting import bytes_of
 from fastopt.collector import paused_collector
 from fastopt.inspection.places import places
 from fastopt.inspection.values import ValueRange, numbers, total_range
-from fastopt.state_dict import StateDict, packed
+from fastopt.state_dict import OWN_KEYS, StateDict, packed
 from fastopt.text import SHOWN, aligned, counted, dtype_name, size
 
 
@@ -110,7 +110,7 @@ def summary(state: Optimizer | StateDict, *, values: bool = False) -> Summary:
     with paused_collector(), torch.no_grad():
         state_dict = packed(state) if isinstance(state, Optimizer) else state
         result = Summary([summarized_group(group) for group in state_dict["param_groups"]])
-        result.with_state = len(state_dict["state"])
+        result.with_state = sum(not is_empty(entry) for entry in state_dict["state"].values())
         readable: dict[Any, list[torch.Tensor]] = defaultdict(list)
         for entry in state_dict["state"].values():
             for place in places(entry):
@@ -122,9 +122,14 @@ def summary(state: Optimizer | StateDict, *, values: bool = False) -> Summary:
         return result
 
 
+def is_empty(entry: Any) -> bool:
+    """Whether a parameter has no state: torch makes an entry for it all the same when somebody asks for one."""
+    return isinstance(entry, Mapping) and not entry
+
+
 def summarized_group(group: Mapping[str, Any]) -> GroupSummary:
     """A group without its parameters."""
-    hyperparameters = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    hyperparameters = {key: value for key, value in group.items() if key not in OWN_KEYS}
     return GroupSummary(len(group["params"]), hyperparameters)
 
 
