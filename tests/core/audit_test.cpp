@@ -114,6 +114,21 @@ void check_few(const Audit& audit, const char* src, int64_t count, const Kernels
   check(audit.values == count, target, ": ", audit.values, " of ", count);
 }
 
+// Which NaN a NaN becomes is not specified.
+bool same_halves(const char* one, const char* other, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint16_t a;
+    uint16_t b;
+    std::memcpy(&a, one + 2 * i, 2);
+    std::memcpy(&b, other + 2 * i, 2);
+    const bool both_nan = (a & 0x7fff) > 0x7c00 && (b & 0x7fff) > 0x7c00;
+    if (a != b && !both_nan) {
+      return false;
+    }
+  }
+  return true;
+}
+
 void test_an_audit_of_few_values_reads_no_byte_too_many() {
   for (const std::string& target : fastopt::cpu_targets()) {
     fastopt::use_cpu_target(target);
@@ -129,7 +144,7 @@ void test_an_audit_of_few_values_reads_no_byte_too_many() {
         check_few(audit, src.data(), count, kernels, target);
         const Buffer plain(2 * count);
         kernels.find(DType::Float32, DType::Float16)(src.data(), plain.data(), count);
-        check(std::memcmp(dst.data(), plain.data(), static_cast<size_t>(2 * count)) == 0, target, ": other results");
+        check(same_halves(dst.data(), plain.data(), count), target, ": other results");
       }
     }
   }
