@@ -27,7 +27,9 @@ PYTHON_LAYERS = (
     ("fastopt.backends.native",),
     ("fastopt.backends.python",),
     ("fastopt.backends.interface",),
-    ("fastopt.files.staging",),
+    ("fastopt.files.formats",),
+    ("fastopt.files.safetensors_file", "fastopt.files.torch_file"),
+    ("fastopt.files.metadata", "fastopt.files.staging"),
     (
         "fastopt.errors",
         "fastopt.collector",
@@ -35,7 +37,6 @@ PYTHON_LAYERS = (
         "fastopt.files",
         "fastopt.files.atomic",
         "fastopt.files.checksums",
-        "fastopt.files.torch_file",
         "fastopt.audit",
         "fastopt.text",
     ),
