@@ -1,0 +1,73 @@
+"""A tensor that was saved in several chunks, put together where it is needed and not before."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+Part = tuple[tuple[int, ...], torch.Tensor]
+"""Where a chunk begins in each dimension, and its elements."""
+
+
+class ChunkedTensor(torch.Tensor):
+    """A tensor on the CPU without memory of its own, whose chunks may lie in mappings of files that are not read yet.
+
+    `.to(…)`, and `copy_` from it, go chunk by chunk, and need no memory but the result's. Any other operation is one on
+    a plain tensor that is put together for it and given up after it; so is a deep copy, and what is pickled.
+
+    Args:
+        size: its shape.
+        dtype: the dtype of all chunks.
+        parts: the chunks, which cover each element once.
+    """
+
+    parts: Sequence[Part]
+
+    @staticmethod
+    def __new__(cls, size: Sequence[int], dtype: torch.dtype, parts: Sequence[Part]) -> "ChunkedTensor":
+        self: ChunkedTensor = torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device="cpu")  # type: ignore[attr-defined]
+        self.parts = parts
+        return self
+
+    def __init__(self, size: Sequence[int], dtype: torch.dtype, parts: Sequence[Part]) -> None: ...
+
+    def whole(self, **options: Any) -> torch.Tensor:
+        """A plain tensor of the same elements, contiguous; `options` are the dtype and the device, if they are others."""
+        result = torch.empty(self.shape, **{"dtype": self.dtype, "device": "cpu", **options})
+        self.copy_into(result)
+        return result
+
+    def copy_into(self, target: torch.Tensor) -> None:
+        """Copy each chunk into its part of a tensor of the same shape, cast to its dtype."""
+        for offsets, values in self.parts:
+            box = target
+            for dimension, (offset, extent) in enumerate(zip(offsets, values.shape, strict=True)):
+                box = box.narrow(dimension, offset, extent)
+            box.copy_(values)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Operations of torch's: the two that go by chunks, and all others."""
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default:
+            options = {key: value for key, value in kwargs.items() if key in ("dtype", "device") and value is not None}
+            return args[0].whole(**options)
+        if func is torch.ops.aten.copy_.default and isinstance(args[1], cls) and args[0].shape == args[1].shape:
+            args[1].copy_into(args[0])
+            return args[0]
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        memo[id(self)] = whole = self.whole()
+        return whole
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.whole().__reduce_ex__(protocol)
+
+
+def plain(value: Any) -> Any:
+    """A chunked tensor put together; anything else as it is."""
+    return value.whole() if isinstance(value, ChunkedTensor) else value
