@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fastopt.files import formats
 from fastopt.files.torch_file import SafeGlobal
+from fastopt.flattened import is_flattened, unflattened
 from fastopt.inspection.places import places
 from fastopt.policy import Devices, DTypes
 from fastopt.report import LoadReport
@@ -134,6 +135,8 @@ def read_state_dict(
     """
     content = formats.read(path, safe_globals, verify)
     found = content if key is None else value_at(content, key)
+    if is_flattened(found):
+        found = unflattened(found)
     if not is_state_dict(found):
         there = (
             f"{os.fspath(path)} is no state dict" if key is None else f"{os.fspath(path)} has no state dict at {key!r}"

@@ -25,15 +25,15 @@ class ChunkedTensor(torch.Tensor):
     parts: Sequence[Part]
 
     @staticmethod
-    def __new__(cls, size: Sequence[int], dtype: torch.dtype, parts: Sequence[Part]) -> "ChunkedTensor":
-        self: ChunkedTensor = torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device="cpu")  # type: ignore[attr-defined]
+    def __new__(cls, size: Sequence[int], dtype: torch.dtype, parts: Sequence[Part]) -> "ChunkedTensor":  # noqa: D102
+        self: ChunkedTensor = torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=torch.device("cpu"))
         self.parts = parts
         return self
 
     def __init__(self, size: Sequence[int], dtype: torch.dtype, parts: Sequence[Part]) -> None: ...
 
     def whole(self, **options: Any) -> torch.Tensor:
-        """A plain tensor of the same elements, contiguous; `options` are the dtype and the device, if they are others."""
+        """A plain, contiguous tensor of the same elements; `options` are its dtype and device, if they are others."""
         result = torch.empty(self.shape, **{"dtype": self.dtype, "device": "cpu", **options})
         self.copy_into(result)
         return result
@@ -47,7 +47,7 @@ class ChunkedTensor(torch.Tensor):
             box.copy_(values)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Operations of torch's: the two that go by chunks, and all others."""
@@ -65,7 +65,7 @@ class ChunkedTensor(torch.Tensor):
         return whole
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.whole().__reduce_ex__(protocol)
+        return self.whole().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def plain(value: Any) -> Any:

@@ -2,19 +2,22 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.serialization import safe_globals
 
+from fastopt.collector import paused_collector
 from fastopt.errors import CheckpointError
 from fastopt.files import dcp_metadata
+from fastopt.files.atomic_folder import replacing_folder
 from fastopt.files.chunked import ChunkedTensor
 from fastopt.files.dcp_metadata import Index, Place, TensorEntry
 from fastopt.files.dcp_shards import Known, Shard
-from fastopt.files.dcp_tree import tree
+from fastopt.files.dcp_tree import check_reversible, leaves, tree
 from fastopt.files.torch_file import SafeGlobal
 
 
@@ -38,16 +41,17 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
         CheckpointError: it is no such folder, or damaged; the text names file and entry.
     """
     folder, allowed = Path(path), list(allowed)
-    before = identity(folder)
-    index = dcp_metadata.read(folder, allowed)
-    with safe_globals(allowed):
-        found = read_places(folder, index)
-    if identity(folder) != before:
-        raise CheckpointError(f"{folder} was replaced while it was being read")
-    try:
-        return tree((path, content_of(index, name, found)) for name, path in index.paths.items())
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder / dcp_metadata.NAME} is damaged: {error}") from error
+    with paused_collector():
+        before = identity(folder)
+        index = dcp_metadata.read(folder, allowed)
+        with safe_globals(allowed):
+            found = read_places(folder, index)
+        if identity(folder) != before:
+            raise CheckpointError(f"{folder} was replaced while it was being read")
+        try:
+            return tree((path, content_of(index, name, found)) for name, path in index.paths.items())
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder / dcp_metadata.NAME} is damaged: {error}") from error
 
 
 def identity(folder: Path) -> tuple[int, ...] | None:
@@ -59,32 +63,65 @@ def identity(folder: Path) -> tuple[int, ...] | None:
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def read_places(folder: Path, index: Index) -> dict[Place, Any]:
-    """What is at each place, file by file and in their order."""
-    by_file: dict[str, list[tuple[Place, str, TensorEntry | None, tuple[int, ...]]]] = defaultdict(list)
+class Wanted(NamedTuple):
+    """Something that a file holds, and what it is: a chunk of a tensor, or a value."""
+
+    place: Place
+    name: str
+    dtype: torch.dtype | None = None
+    sizes: tuple[int, ...] = ()
+
+
+def wanted_by_file(index: Index) -> dict[str, list[Wanted]]:
+    """What each file holds, in its order."""
+    by_file: dict[str, list[Wanted]] = defaultdict(list)
     for name, entry in index.entries.items():
         if isinstance(entry, TensorEntry):
             for chunk in entry.chunks:
-                by_file[chunk.place.file].append((chunk.place, name, entry, chunk.sizes))
+                by_file[chunk.place.file].append(Wanted(chunk.place, name, entry.dtype, chunk.sizes))
         else:
-            by_file[entry.place.file].append((entry.place, name, None, ()))
+            by_file[entry.place.file].append(Wanted(entry.place, name))
+    for wanted in by_file.values():
+        wanted.sort(key=lambda one: one.place)
+    return by_file
+
+
+def read_places(folder: Path, index: Index) -> dict[Place, Any]:
+    """What is at each place, file by file and in their order."""
     known = Known()
     found: dict[Place, Any] = {}
-    for file, wanted in by_file.items():
-        wanted.sort(key=lambda item: item[:2])
-        with opened(folder / file, wanted[0][1], known) as shard:
-            shard.check([item[:2] for item in wanted])
-            for place, name, tensor, sizes in wanted:
-                found[place] = shard.tensor(place, name, tensor.dtype, sizes) if tensor else shard.value(place, name)
+    for file, wanted in wanted_by_file(index).items():
+        with opened(folder / file, wanted, known) as shard:
+            for place, name, dtype, sizes in wanted:
+                found[place] = shard.value(place, name) if dtype is None else shard.tensor(place, name, dtype, sizes)
     return found
 
 
-def opened(path: Path, name: str, known: Known) -> Shard:
-    """A file that holds an entry."""
+def verify(path: str | os.PathLike[str]) -> None:
+    """Hold all data of a folder against its checksums, which torch writes with every entry.
+
+    Raises:
+        OSError: a file of it cannot be opened.
+        pickle.UnpicklingError: its metadata names classes or functions that are not allowed.
+        CheckpointError: it is damaged; the text names file and entry.
+    """
+    folder = Path(path)
+    for file, wanted in wanted_by_file(dcp_metadata.read(folder)).items():
+        with opened(folder / file, wanted, Known()) as shard:
+            for one in wanted:
+                shard.verify(one.place, one.name)
+
+
+@contextmanager
+def opened(path: Path, wanted: Sequence[Wanted], known: Known) -> Iterator[Shard]:
+    """A file that may hold these."""
     try:
-        return Shard(path, known)
+        shard = Shard(path, known)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing, which holds entry {name!r} and maybe others") from error
+        raise CheckpointError(f"{path} is missing, which holds entry {wanted[0].name!r} and maybe others") from error
+    with shard:
+        shard.check([(one.place, one.name) for one in wanted])
+        yield shard
 
 
 def content_of(index: Index, name: str, found: dict[Place, Any]) -> Any:
@@ -95,3 +132,36 @@ def content_of(index: Index, name: str, found: dict[Place, Any]) -> Any:
     if len(entry.chunks) == 1:
         return found[entry.chunks[0].place]
     return ChunkedTensor(entry.size, entry.dtype, [(chunk.offsets, found[chunk.place]) for chunk in entry.chunks])
+
+
+def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Replace a folder by one that torch.distributed.checkpoint reads, in any number of processes.
+
+    All of it is written beside `path`, is on the disk, and takes its place in one step; see `replacing_folder`. Only a
+    folder that holds nothing but a checkpoint is replaced.
+
+    Args:
+        path: the folder.
+        content: dicts, nested, with strings as keys, and an optimizer's ids. Tensors may be anywhere, on any device;
+            beside tensors and dicts, lists are taken apart if they hold some, and all else is saved by `torch.save`.
+
+    Raises:
+        OSError: it cannot be written, or holds other files.
+        TypeError: a key would not come back as it is.
+        ValueError: two entries have one name (`{"a.b": …}` beside `{"a": {"b": …}}`), or a tensor is a part of one that
+            several processes hold.
+
+    After any error it is as it was.
+    """
+    from fastopt.files import dcp_writer  # half a second, which is for those who save such a folder to wait
+
+    if not isinstance(content, Mapping):
+        raise TypeError(f"a folder of torch.distributed.checkpoint holds a dict, not a {type(content).__name__}")
+    check_reversible(content, tree(leaves(content)))
+    with replacing_folder(path, is_own) as folder:
+        dcp_writer.save(folder, content)
+
+
+def is_own(name: str) -> bool:
+    """Whether a file is one of a checkpoint's, by its name; one that a save left unfinished is, as well."""
+    return name.endswith((dcp_metadata.NAME, f"{dcp_metadata.NAME}.tmp", ".distcp"))

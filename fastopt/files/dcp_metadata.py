@@ -23,13 +23,13 @@ RECORDS = (
     f"{CHECKPOINT}.Metadata",
     f"{CHECKPOINT}.MetadataIndex",
     f"{CHECKPOINT}.TensorStorageMetadata",
-    f"{CHECKPOINT}.TensorProperties",
     f"{CHECKPOINT}.ChunkStorageMetadata",
     f"{CHECKPOINT}.BytesStorageMetadata",
     f"{CHECKPOINT}.StorageMeta",
     f"{FILESYSTEM}._StorageInfo",
 )
-"""Classes of torch's that are nothing but their fields."""
+"""Classes of torch's that are pickled as their fields."""
+PROPERTIES = f"{CHECKPOINT}.TensorProperties"
 PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 
 KeyPath = tuple[str | int, ...]
@@ -132,7 +132,8 @@ class Unpickler(pickle.Unpickler):
 
     def __init__(self, file: Any, allowed: Iterable[SafeGlobal]) -> None:
         super().__init__(file)
-        self.records = {name: stand_in(name) for name in RECORDS}
+        self.records: dict[str, type] = {name: type(name, (), {}) for name in RECORDS}
+        self.records[PROPERTIES] = stand_in(PROPERTIES)  # these are pickled as a tuple
         self.known: dict[str, Any] = {
             **self.records,
             "torch.Size": lambda items=(): tuple(items),
@@ -161,7 +162,7 @@ DTYPES = tuple(value for value in vars(torch).values() if isinstance(value, torc
 
 
 def stand_in(name: str) -> type:
-    """A class that takes whatever a pickle gives its instances, and keeps it in their attributes."""
+    """A class that takes whatever a pickle gives its instances, and keeps their state."""
 
     def set_state(self: Any, state: Any) -> None:
         self.__dict__["state"] = state
@@ -192,10 +193,9 @@ class Reader:
 
     def fields(self, value: Any, name: str, where: str) -> Mapping[str, Any]:
         """The fields of a record."""
-        state = getattr(value, "__dict__", {}).get("state", {}) if type(value) is self.records[name] else None
-        if not isinstance(state, dict):
+        if type(value) is not self.records[name]:
             raise self.wrong(f"{where} is no {name.rpartition('.')[2]}")
-        return state
+        return vars(value)
 
     def is_record(self, value: Any, name: str) -> bool:
         """Whether it is a record of this class."""
@@ -230,6 +230,9 @@ def indexed(reader: Reader, metadata: Any) -> Index:
     return Index(entries, dict(key_paths(reader, fields.get("planner_data"), entries)))
 
 
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Where a chunk begins in each dimension, and how long it is."""
+
 Places = dict[tuple[str, tuple[int, ...] | None], Place]
 
 
@@ -237,6 +240,7 @@ def stored(
     reader: Reader, storage_data: Mapping[Any, Any]
 ) -> Iterator[tuple[tuple[str, tuple[int, ...] | None], Place]]:
     """Where each chunk is, by the entry's name and the chunk's offsets, and each value, by its name and None."""
+    files: set[str] = set()
     for index, info in storage_data.items():
         fields = reader.fields(index, f"{CHECKPOINT}.MetadataIndex", "a key of storage_data")
         name = reader.of_type(fields.get("fqn"), str, "the name of an entry")
@@ -244,8 +248,9 @@ def stored(
         offsets = fields.get("offset")
         found = reader.fields(info, f"{FILESYSTEM}._StorageInfo", where)
         file = reader.of_type(found.get("relative_path"), str, where)
-        if not is_within(file):
+        if file not in files and not is_within(file):
             raise reader.wrong(f"{where} is the file {file!r}, which is not in the folder")
+        files.add(file)
         if found.get("transform_descriptors"):
             raise CheckpointError(
                 f"{reader.path}: entry {name!r} was saved through extensions ({found['transform_descriptors']!r:.100}),"
@@ -274,7 +279,7 @@ def tensor_entry(reader: Reader, name: str, entry: Any, places: Places) -> Tenso
     where = f"entry {name!r}"
     fields = reader.fields(entry, f"{CHECKPOINT}.TensorStorageMetadata", where)
     size = reader.counts(fields.get("size"), f"the sizes of {where}")
-    boxes = []
+    boxes: list[Box] = []
     for chunk in reader.of_type(fields.get("chunks"), list, f"the chunks of {where}"):
         chunk_fields = reader.fields(chunk, f"{CHECKPOINT}.ChunkStorageMetadata", f"a chunk of {where}")
         offsets = reader.counts(chunk_fields.get("offsets"), f"the offsets of a chunk of {where}")
@@ -288,14 +293,10 @@ def tensor_entry(reader: Reader, name: str, entry: Any, places: Places) -> Tenso
 
 def dtype_of(reader: Reader, where: str, properties: Any) -> torch.dtype:
     """The dtype of a tensor, the first of its properties."""
-    state = getattr(properties, "__dict__", {}).get("state")
-    is_known = reader.is_record(properties, f"{CHECKPOINT}.TensorProperties") and isinstance(state, tuple)
-    if not is_known or not state or not isinstance(state[0], torch.dtype):
+    state = reader.fields(properties, PROPERTIES, f"what {where} has as properties").get("state")
+    if not isinstance(state, tuple) or not state or not isinstance(state[0], torch.dtype):
         raise reader.wrong(f"the properties of {where} have no dtype")
     return state[0]
-
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def check_cover(reader: Reader, where: str, size: tuple[int, ...], boxes: Sequence[Box]) -> None:
@@ -349,5 +350,3 @@ def key_paths(reader: Reader, planner_data: Any, names: Iterable[str]) -> Iterat
             yield name, path
     for name in left:
         yield name, (name,)
-
-

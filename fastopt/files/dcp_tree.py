@@ -89,13 +89,19 @@ def with_ids(content: Any) -> Any:
     if type(content) is not dict:
         return content
     groups = content.get("param_groups")
-    if not (isinstance(groups, list) and groups and all(isinstance(group, dict) and "params" in group for group in groups)):
+    if not (isinstance(groups, list) and groups and all(map(is_group, groups))):
         return {key: with_ids(value) for key, value in content.items()}
-    state = content.get("state", {})
-    if not isinstance(state, dict):
-        return content
     ids = {str(saved_id): saved_id for group in groups for saved_id in group["params"] if type(saved_id) is int}
-    return {"state": {}, **content, "state": {ids.get(key, key): value for key, value in state.items()}}
+    state = content.get("state", {})
+    if isinstance(state, dict):
+        state = {ids.get(key, key): value for key, value in state.items()}
+    content = content if "state" in content else {"state": {}, **content}
+    return {**content, "state": state}
+
+
+def is_group(value: Any) -> bool:
+    """Whether a value looks like a param group of a state dict."""
+    return isinstance(value, dict) and isinstance(value.get("params"), list)
 
 
 def check_reversible(content: Any, again: Any, place: str = "") -> None:
@@ -105,6 +111,8 @@ def check_reversible(content: Any, again: Any, place: str = "") -> None:
         TypeError: a key would come back as another one; the text says where.
     """
     if isinstance(content, Mapping):
+        if len(content) != len(again):
+            raise TypeError(f"{place or 'the content'} has param_groups and no state, which would come back empty")
         for (key, value), other in zip(content.items(), again, strict=True):
             if type(key) is not type(other) or key != other:
                 raise TypeError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastopt.errors import CheckpointError
-from fastopt.files import safetensors_file, torch_file
+from fastopt.files import dcp_folder, safetensors_file, torch_file
 
 Format = Literal["torch", "safetensors", "dcp"]
 
@@ -37,9 +37,9 @@ def read(path: str | os.PathLike[str], allowed: Iterable[torch_file.SafeGlobal] 
     if found == "safetensors":
         return safetensors_file.read(path, verify)
     if found == "dcp":
-        raise CheckpointError(
-            f"{os.fspath(path)} is a folder of torch.distributed.checkpoint, which fastopt cannot read"
-        )
+        if verify:
+            dcp_folder.verify(path)
+        return dcp_folder.read(path, allowed)
     if verify:
         torch_file.verify(path)
     return torch_file.read(path, allowed)
@@ -58,7 +58,7 @@ def write(path: str | os.PathLike[str], content: Any) -> None:
     if wanted == "safetensors":
         safetensors_file.write(path, content)
     elif wanted == "dcp":
-        raise ValueError(f"{os.fspath(path)} is a folder of torch.distributed.checkpoint, which fastopt cannot write")
+        dcp_folder.write(path, content)
     else:
         torch_file.write(path, content)
 
