@@ -58,7 +58,7 @@ def save(optimizer: Optimizer, path: str | os.PathLike[str]) -> SaveReport:
     saved = state_dict(optimizer)
     formats.write(path, saved)
     tensors = sum(isinstance(place.value, torch.Tensor) for entry in saved["state"].values() for place in places(entry))
-    return SaveReport(os.fspath(path), tensors, os.path.getsize(path), time.perf_counter() - started)
+    return SaveReport(os.fspath(path), tensors, formats.size_of(path), time.perf_counter() - started)
 
 
 def load(

@@ -31,7 +31,7 @@ class Model(torch.nn.Module):
 
 def whole(value: Any) -> Any:
     if isinstance(value, DTensor):
-        return value.full_tensor()
+        return value.full_tensor().clone()
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}
     return [whole(item) for item in value] if isinstance(value, list) else value

@@ -36,12 +36,12 @@ PYTHON_LAYERS = (
     ("fastopt.files.metadata", "fastopt.files.staging"),
     (
         "fastopt.errors",
+        "fastopt.chunked",
         "fastopt.collector",
         "fastopt.containers",
         "fastopt.files",
         "fastopt.files.atomic",
         "fastopt.files.atomic_folder",
-        "fastopt.files.chunked",
         "fastopt.files.checksums",
         "fastopt.audit",
         "fastopt.text",

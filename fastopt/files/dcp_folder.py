@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.serialization import safe_globals
 
+from fastopt.chunked import ChunkedTensor, Part
 from fastopt.collector import paused_collector
 from fastopt.errors import CheckpointError
 from fastopt.files import dcp_metadata
 from fastopt.files.atomic_folder import replacing_folder
-from fastopt.files.chunked import ChunkedTensor
-from fastopt.files.dcp_metadata import Index, Place, TensorEntry
+from fastopt.files.dcp_metadata import Chunk, Index, Place, TensorEntry
 from fastopt.files.dcp_shards import Known, Shard
 from fastopt.files.dcp_tree import check_reversible, leaves, tree
 from fastopt.files.torch_file import SafeGlobal
@@ -25,8 +25,9 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
     """What a folder holds, on the CPU, however many ranks wrote it; no code of its files runs.
 
     Tensors are not read yet: they lie in mappings of the files, and what is never looked at is never read. One that was
-    saved in several chunks is a `ChunkedTensor`. While they are in use the files must not be cut short, which would
-    kill the process (SIGBUS). All other values are read, and in memory.
+    saved in several chunks is a `ChunkedTensor`, and so is one at a byte that its dtype is not aligned to, which in
+    torch's folders is most; small ones of these are copied, up to `COPIED` bytes of them. While tensors are in use the
+    files must not be cut short, which would kill the process (SIGBUS). All other values are read, and in memory.
 
     Dicts have strings as keys, as torch.distributed.checkpoint saves no others; but the ids of an optimizer's state
     are what its groups say. Of a checkpoint that was saved without flattening it, the keys are those of its entries.
@@ -131,7 +132,15 @@ def content_of(index: Index, name: str, found: dict[Place, Any]) -> Any:
         return found[entry.place]
     if len(entry.chunks) == 1:
         return found[entry.chunks[0].place]
-    return ChunkedTensor(entry.size, entry.dtype, [(chunk.offsets, found[chunk.place]) for chunk in entry.chunks])
+    return ChunkedTensor(entry.size, entry.dtype, [part for chunk in entry.chunks for part in parts(chunk, found)])
+
+
+def parts(chunk: Chunk, found: dict[Place, Any]) -> Sequence[Part]:
+    """The elements of a chunk, and where they begin."""
+    tensor = found[chunk.place]
+    if isinstance(tensor, ChunkedTensor):  # of one part, at a byte where nothing but bytes can be read
+        return [(chunk.offsets, elements) for _, elements in tensor.parts]
+    return [(chunk.offsets, tensor)]
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -15,12 +15,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from fastopt.chunked import ChunkedTensor, Unaligned, is_dense
 from fastopt.errors import CheckpointError
 from fastopt.files.dcp_metadata import Place
 from fastopt.text import dtype_name
 
 SMALL = 64 * 1024
 """Bytes of what is read at once, to look for the tensor in it."""
+
+COPIED = 128 * 2**20
+"""Bytes of small tensors that are in memory at most."""
 
 LARGEST_PICKLE = 64 * 1024
 """Bytes of the pickle that goes with a tensor, which says its dtype, shape and strides."""
@@ -48,6 +52,21 @@ class Known:
         """By the pickle that says so."""
         self.values: dict[bytes, Any] = {}
         """By their bytes, where nothing could change them."""
+        self.copied = 0
+        """Bytes of tensors that are in memory."""
+
+    def may_copy(self, place: Place, layout: Layout) -> bool:
+        """Whether to copy a tensor that is not aligned: there is memory for small ones, which the native walk takes.
+
+        One with gaps is copied in any case, and torch saves none.
+        """
+        is_compact = layout.nbytes == math.prod(layout.size) * layout.dtype.itemsize
+        if not (is_compact and is_dense(layout.size, layout.stride)):
+            return True
+        if place.length > SMALL or self.copied + layout.nbytes > COPIED:
+            return False
+        self.copied += layout.nbytes
+        return True
 
 
 class Window(io.RawIOBase):
@@ -183,6 +202,12 @@ class Shard:
         assert self.mapping is not None
         begin += place.offset
         storage = self.mapping[begin : begin + layout.nbytes]
+        if storage.data_ptr() % dtype.itemsize:  # see Note [Alignment]
+            if not self.known.may_copy(place, layout):
+                content = torch.empty(0, dtype=torch.uint8).set_(storage)
+                whole = Unaligned(content, dtype, size, layout.stride)
+                return ChunkedTensor(size, dtype, [([0] * len(size), whole)], layout.stride)
+            storage = storage.clone()
         return torch.empty(0, dtype=dtype).set_(storage, layout.first, size, layout.stride)
 
     def layout(self, reader: Any, stream: Any) -> Layout:

@@ -57,15 +57,12 @@ class Planner(DefaultSavePlanner):
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         """Take what is to be saved."""
-        flat: dict[str, Any] = {}
+        self.state_dict, self.mappings, self.is_coordinator = {}, {}, is_coordinator
         for path, value in leaves(state_dict):
             name = name_of(path)
-            if name in flat:
+            if name in self.mappings:
                 raise ValueError(f"two entries of the content would have the name {name!r}")
-            flat[name], self.mappings[name] = value, path
-        mappings = self.mappings
-        super().set_up_planner(flat, storage_meta, is_coordinator)
-        self.mappings = mappings
+            self.state_dict[name], self.mappings[name] = value, path
 
 
 class Writer(FileSystemWriter):

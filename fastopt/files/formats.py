@@ -97,3 +97,10 @@ def format_of(path: str | os.PathLike[str]) -> Format:
     if begin.startswith(PICKLE):
         return "torch"
     raise CheckpointError(f"{name} is no checkpoint: it begins with {begin!r}; known are {SUFFIXES}")
+
+
+def size_of(path: str | os.PathLike[str]) -> int:
+    """Bytes of a checkpoint, of all files of a folder."""
+    if os.path.isdir(path):
+        return sum(entry.stat().st_size for entry in os.scandir(path))
+    return os.path.getsize(path)
