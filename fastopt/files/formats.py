@@ -11,8 +11,11 @@ from fastopt.files import dcp_folder, safetensors_file, torch_file
 
 Format = Literal["torch", "safetensors", "dcp"]
 
-ZIP, PICKLE = b"PK\x03\x04", b"\x80"
-"""What files of `torch.save` begin with; the second is that of torch before 1.6."""
+ZIP = b"PK\x03\x04"
+"""What files of `torch.save` begin with."""
+
+LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+"""What those from before torch 1.6 have among their first bytes."""
 
 DCP_METADATA = ".metadata"
 """The file that makes a folder one of torch.distributed.checkpoint."""
@@ -87,16 +90,16 @@ def format_of(path: str | os.PathLike[str]) -> Format:
     if not stat.S_ISREG(mode):  # opening a pipe would wait for someone to write to it
         raise CheckpointError(f"{name} is neither a file nor a folder")
     with open(path, "rb") as file:
-        begin = file.read(9)
+        begin = file.read(32)
     if not begin:
         raise CheckpointError(f"{name} is empty")
     if begin.startswith(ZIP):
         return "torch"
-    if begin[8:] == b"{":  # after eight bytes that say how long the header is
+    if begin[8:9] == b"{":  # after eight bytes that say how long the header is
         return "safetensors"
-    if begin.startswith(PICKLE):
+    if LEGACY in begin:
         return "torch"
-    raise CheckpointError(f"{name} is no checkpoint: it begins with {begin!r}; known are {SUFFIXES}")
+    raise CheckpointError(f"{name} is no checkpoint: it begins with {begin[:9]!r}; known are {SUFFIXES}")
 
 
 def size_of(path: str | os.PathLike[str]) -> int:

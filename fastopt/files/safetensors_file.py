@@ -156,7 +156,7 @@ def check(tensor: torch.Tensor, dtype: torch.dtype, path: Path) -> None:
 
 def dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     """The strides of a copy: those of the tensor, with any gaps and overlaps closed."""
-    if tensor.is_contiguous() and 1 not in tensor.shape:
+    if tensor.is_contiguous() and not {0, 1} & set(tensor.shape):
         return row_major_strides(tensor.shape)
     return torch.empty_like(tensor, device="meta").stride()
 
@@ -224,6 +224,7 @@ def read(path: str | os.PathLike[str], verify: bool = False) -> Any:
     """
     try:
         about, tensors = open_tensors(path)
+        refuse_duplicates(path, len(tensors))
         found = _Tensors(tensors)
         content = metadata.decode(content_of(about, tensors), found.resolve)
         if unused := sorted(tensors.keys() - found.resolved.keys()):
@@ -249,6 +250,19 @@ def open_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str
         reason = str(error).partition("\n")[0]  # torch adds the frames of its C++
         where = "" if name is None else f", tensor {name!r}"
         raise ValueError(f"no valid safetensors file{where}: {reason}") from error
+
+
+def refuse_duplicates(path: str | os.PathLike[str], count: int) -> None:
+    """Refuse a header in which a name stands twice; of two tensors at one place the library takes the last.
+
+    Args:
+        path: a file that the library could open.
+        count: its tensors.
+    """
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    if header.count(b'"data_offsets"') != count or b"\\u" in header:  # seldom, and then most often for a name's sake
+        json.loads(header, object_pairs_hook=metadata.without_duplicates)
 
 
 def safetensors() -> ModuleType:
@@ -321,6 +335,8 @@ def restored(
 
 def with_strides(tensor: torch.Tensor, strides: list[int]) -> torch.Tensor:
     """The same values in another order of dimensions: a view where that is none."""
+    if len(strides) != tensor.dim():
+        raise TypeError(f"{len(strides)} strides for {tensor.dim()} dimensions")
     dims = [dim for dim, size in enumerate(tensor.shape) if size != 1]
     if tensor.numel() == 0 or all(strides[dim] == tensor.stride(dim) for dim in dims):
         return tensor.as_strided(tensor.shape, strides)

@@ -21,7 +21,7 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
 
     The tensors are not read yet: they lie in a mapping of the file, and what is never looked at is never read. While
     they are in use the file must not be cut short, which would kill the process (SIGBUS). Files from before torch 1.6
-    are read as a whole.
+    are read as a whole, and so are those behind the name of a .safetensors file.
 
     Args:
         path: the file.
@@ -36,6 +36,9 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
     try:
         is_zip = zipfile.is_zipfile(path)
         with safe_globals(allowed):
+            if os.fsdecode(path).endswith(".safetensors"):  # torch would go by the name, and not by what is in the file
+                with open(path, "rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         if is_zip and (names := forbidden_globals(path, allowed)):
