@@ -1,8 +1,11 @@
 """The `.metadata` of a torch.distributed.checkpoint folder: what it holds and where, read without running its code."""
 
+import io
 import math
 import os
 import pickle
+import pickletools
+import reprlib
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -89,18 +92,16 @@ def read(folder: Path, allowed: Iterable[SafeGlobal] = ()) -> Index:
     """
     path = folder / NAME
     try:
-        file = open(path, "rb")  # noqa: SIM115
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is no checkpoint: {what_is_there(folder)}") from error
-    with file:
-        unpickler = Unpickler(file, allowed)
-        try:
-            metadata = unpickler.load()
-        except OSError:
-            raise
-        except Exception as error:  # pickle has many for what it cannot read
-            if not unpickler.forbidden:
-                raise CheckpointError(f"{path} is damaged: {error}") from error
+    unpickler = Unpickler(content, allowed)
+    try:
+        check_extents(content)
+        metadata = unpickler.load()
+    except Exception as error:  # pickle has many for what it cannot read
+        if not unpickler.forbidden:
+            raise CheckpointError(f"{path} is damaged: {error or type(error).__name__}") from error
     if unpickler.forbidden:
         raise pickle.UnpicklingError(
             f"{path} names {', '.join(sorted(unpickler.forbidden))}, which loading a checkpoint does not import; if "
@@ -130,8 +131,8 @@ class Unpickler(pickle.Unpickler):
     alone, and does nothing; what is read from its attributes is checked like any other data.
     """
 
-    def __init__(self, file: Any, allowed: Iterable[SafeGlobal]) -> None:
-        super().__init__(file)
+    def __init__(self, content: bytes, allowed: Iterable[SafeGlobal]) -> None:
+        super().__init__(io.BytesIO(content))
         self.records: dict[str, type] = {name: type(name, (), {}) for name in RECORDS}
         self.records[PROPERTIES] = stand_in(PROPERTIES)  # these are pickled as a tuple
         self.known: dict[str, Any] = {
@@ -158,6 +159,59 @@ class Unpickler(pickle.Unpickler):
         return stand_in(full_name)  # to go on, and find all of them
 
 
+def check_extents(content: bytes) -> None:
+    """Raise if a pickle asks for more memory than its size warrants.
+
+    The unpickler makes room for as many objects as an index says (opcodes PUT, LONG_BINPUT), and touches it: up to 64
+    GiB for one flipped bit. An index that is honest is less than the number of opcodes, and so less than their bytes.
+
+    Raises:
+        ValueError: an index or a length is too large, or the pickle ends within an opcode.
+    """
+    position, end = 0, len(content)
+    while position < end:
+        opcode = content[position]
+        position += 1
+        extent = EXTENTS[opcode]
+        if extent < 0:  # a line of text, or as many bytes as a number before them says
+            if opcode == ord("p"):
+                extent = content.index(b"\n", position) + 1 - position
+                check_index(int(content[position : position + extent]), end)
+            elif extent == UP_TO_NEWLINE:
+                lines = 2 if opcode in b"ci" else 1
+                extent = 0
+                for _ in range(lines):
+                    extent = content.index(b"\n", position + extent) + 1 - position
+            else:
+                width = LENGTHS[extent]
+                extent = width + int.from_bytes(content[position : position + width], "little")
+        elif opcode == ord("r"):
+            check_index(int.from_bytes(content[position : position + 4], "little"), end)
+        elif opcode == ord("."):
+            return
+        position += extent
+    raise ValueError("it is cut short")
+
+
+def check_index(index: int, end: int) -> None:
+    """Raise if the index of an object is larger than there can be."""
+    if not index < end:
+        raise ValueError(f"it numbers an object {index}, in {end} bytes")
+
+
+UP_TO_NEWLINE = pickletools.UP_TO_NEWLINE
+LENGTHS = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+"""Bytes of the number that says how many there are."""
+EXTENTS = [0] * 256
+"""Bytes of each opcode's argument; negative where that depends on the argument."""
+for _opcode in pickletools.opcodes:
+    EXTENTS[ord(_opcode.code)] = _opcode.arg.n if _opcode.arg else 0
+
 DTYPES = tuple(value for value in vars(torch).values() if isinstance(value, torch.dtype))
 
 
@@ -178,6 +232,14 @@ def named(allowed: SafeGlobal) -> tuple[str, Any]:
 
 
 # ---- what was unpickled ----
+
+
+def shown(value: Any) -> str:
+    """A value that may be anything, and of any size, as an error shows it."""
+    try:
+        return reprlib.repr(value)
+    except Exception:
+        return f"a {type(value).__name__}"
 
 
 class Reader:
@@ -210,7 +272,7 @@ class Reader:
     def counts(self, value: Any, where: str) -> tuple[int, ...]:
         """A tuple of numbers from zero up, as sizes are."""
         if not isinstance(value, tuple) or not all(type(item) is int and 0 <= item < 2**63 for item in value):
-            raise self.wrong(f"{where} are {str(value)[:100]}, not sizes")
+            raise self.wrong(f"{where} are {shown(value)}, not sizes")
         return value
 
 
@@ -253,7 +315,7 @@ def stored(
         files.add(file)
         if found.get("transform_descriptors"):
             raise CheckpointError(
-                f"{reader.path}: entry {name!r} was saved through extensions ({found['transform_descriptors']!r:.100}),"
+                f"{reader.path}: entry {name!r} was saved through extensions ({shown(found['transform_descriptors'])}),"
                 " which fastopt does not read"
             )
         offset, length = reader.counts((found.get("offset"), found.get("length")), where)
@@ -346,7 +408,7 @@ def key_paths(reader: Reader, planner_data: Any, names: Iterable[str]) -> Iterat
             del left[name]
             is_path = isinstance(path, tuple) and path and all(type(key) in (str, int) for key in path)
             if not is_path or len(path) > DEEPEST or type(path[0]) is not str:
-                raise reader.wrong(f"the path of entry {name!r} is {str(path)[:100]}")
+                raise reader.wrong(f"the path of entry {name!r} is {shown(path)}")
             yield name, path
     for name in left:
         yield name, (name,)
