@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,9 +13,10 @@ from fastopt.files import formats
 from fastopt.files.torch_file import SafeGlobal
 from fastopt.inspection.places import places
 from fastopt.policy import Devices, DTypes
-from fastopt.report import LoadReport
+from fastopt.report import CastCount, LoadReport
+from fastopt.saving import with_dtypes
 from fastopt.state_dict import StateDict, load_state_dict, state_dict
-from fastopt.text import counted, duration, listed, size
+from fastopt.text import counted, dtype_name, duration, listed, size, some
 
 DEPTH = 3
 """Levels of a checkpoint at which a state dict is looked for, to say where one is."""
@@ -23,23 +24,32 @@ DEPTH = 3
 
 @dataclass
 class SaveReport:
-    """What `save` did. Prints as one line."""
+    """What `save` did. Prints as a few lines."""
 
     path: str
     tensors: int
     bytes_written: int
     """The size of the file."""
     seconds: float
+    casts: dict[tuple[torch.dtype, torch.dtype], CastCount] = field(default_factory=dict)
+    """Tensors that have another dtype in the file, by their own and that one."""
+    unused_patterns: list[str] = field(default_factory=list)
+    """Keys and patterns of `dtype` that fitted no key of the state."""
 
     def __str__(self) -> str:
         rate = f", {size(self.bytes_written / self.seconds)}/s" if self.seconds else ""
-        return (
+        lines = [
             f"saved {counted(self.tensors, 'tensor')} in {duration(self.seconds)}: {self.path}, "
             f"{size(self.bytes_written)}{rate}"
-        )
+        ]
+        for (source, target), count in self.casts.items():
+            lines.append(f"  cast {count.tensors:,} from {dtype_name(source)} to {dtype_name(target)}")
+        if self.unused_patterns:
+            lines.append(f"  no key of the state fits {some(self.unused_patterns)}, given in dtype")
+        return "\n".join(lines)
 
 
-def save(optimizer: Optimizer, path: str | os.PathLike[str]) -> SaveReport:
+def save(optimizer: Optimizer, path: str | os.PathLike[str], *, dtype: DTypes | None = None) -> SaveReport:
     """Write the state of an optimizer to a file.
 
     A name that ends with `.safetensors` makes it one of the safetensors library (docs/formats.md); any other, one that
@@ -47,17 +57,29 @@ def save(optimizer: Optimizer, path: str | os.PathLike[str]) -> SaveReport:
     when this returns: after a crash or a loss of power at any moment the old file or the new one is there, whole. The
     hooks of saving run.
 
+    Args:
+        optimizer: the optimizer; its state must not change meanwhile.
+        path: the file.
+        dtype: a floating dtype for the saved copy of floating state other than `step`; None keeps the dtypes. Or a dict
+            by key, as the `policy` of `load_state_dict`; keys that it does not fit keep theirs. Tensors are cast piece
+            by piece as they are written.
+
     Raises:
         OSError: the file cannot be written.
-        TypeError, ValueError: the state holds something that has no place in the format; the text says where.
+        TypeError, ValueError: the state holds something that has no place in the format, and the text says where; or
+            `dtype` makes no policy.
 
     After any error an existing file is as it was.
     """
     started = time.perf_counter()
     saved = state_dict(optimizer)
-    formats.write(path, saved)
+    dtypes, done = None, LoadReport("")
+    if dtype is not None:
+        saved, dtypes, done = with_dtypes(optimizer, saved, dtype)
+    formats.write(path, saved, dtypes)
     tensors = sum(isinstance(place.value, torch.Tensor) for entry in saved["state"].values() for place in places(entry))
-    return SaveReport(os.fspath(path), tensors, os.path.getsize(path), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return SaveReport(os.fspath(path), tensors, os.path.getsize(path), seconds, done.casts, done.unused_patterns)
 
 
 def load(

@@ -87,3 +87,7 @@ def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list
         if result is None:
             results[index] = python.to_entry(index, tensors[index], options, copy)
     return results
+
+
+def write_torch_file(fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -> None:
+    python.write_torch_file(fd, content, dtypes)

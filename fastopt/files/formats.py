@@ -2,9 +2,11 @@
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from fastopt.errors import CheckpointError
 from fastopt.files import safetensors_file, torch_file
@@ -48,8 +50,8 @@ def read(path: str | os.PathLike[str], allowed: Iterable[torch_file.SafeGlobal] 
     return torch_file.read(path, allowed)
 
 
-def write(path: str | os.PathLike[str], content: Any) -> None:
-    """Replace a checkpoint, in the format that its name says.
+def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch.dtype] | None = None) -> None:
+    """Replace a checkpoint, in the format that its name says; `dtypes` are those in the file, by the tensors' `id`.
 
     Raises:
         OSError: it cannot be written.
@@ -59,11 +61,11 @@ def write(path: str | os.PathLike[str], content: Any) -> None:
     """
     wanted = format_for(path)
     if wanted == "safetensors":
-        safetensors_file.write(path, content)
+        safetensors_file.write(path, content, dtypes)
     elif wanted == "dcp":
         raise ValueError(f"{os.fspath(path)} is a folder of torch.distributed.checkpoint, which fastopt cannot write")
     else:
-        torch_file.write(path, content)
+        torch_file.write(path, content, dtypes)
 
 
 def format_for(path: str | os.PathLike[str]) -> Format:

@@ -3,12 +3,13 @@
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from fastopt.backends import current
 from fastopt.errors import CheckpointError
 from fastopt.files.atomic import replacing
 
@@ -53,17 +54,27 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
         raise
 
 
-def write(path: str | os.PathLike[str], content: Any) -> None:
-    """Replace a file by one that `torch.load(path, weights_only=True)` reads.
+def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch.dtype] | None = None) -> None:
+    """Replace a file by what `torch.save` would write, with its data written and summed by all threads.
+
+    The tensors may lie on any device, and go to the file piece by piece: extra memory is that of `write_tensors`, of
+    the pickle, and some hundred bytes a tensor. Only tensors of subclasses and other odd kinds that lie on another
+    device are brought to the CPU as a whole, as torch does.
+
+    Args:
+        path: the file; replaced as a whole and at once.
+        content: whatever torch can save. It must not change meanwhile.
+        dtypes: the dtype that a tensor gets in the file, by its `id`, as if `tensor.to(dtype)` stood in its place; all
+            others keep theirs. Tensors named here are strided ones of no subclass that have values.
 
     Raises:
         OSError: the file cannot be written.
-        Exception: what torch raises for content that it cannot save.
+        Exception: what `torch.save` raises for content that it cannot save.
 
-    After any error it is as it was.
+    After any error the file is as it was.
     """
     with replacing(path) as file:
-        torch.save(content, file)
+        current().write_torch_file(file.fileno(), content, dtypes or {})
 
 
 def verify(path: str | os.PathLike[str]) -> None:
