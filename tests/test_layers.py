@@ -48,7 +48,7 @@ PYTHON_LAYERS = (
 CPP_LAYERS = (("csrc/bindings",), ("csrc/cuda",), ("csrc/core",))
 
 # What a folder may include in angle brackets, and nothing else; where there is no entry, anything.
-STANDARD = r"[a-z_0-9]+|sys/mman\.h|unistd\.h|immintrin\.h|arm_neon\.h"
+STANDARD = r"[a-z_0-9]+|sys/mman\.h|fcntl\.h|unistd\.h|immintrin\.h|arm_neon\.h"
 ANGLED = {"csrc/core": STANDARD, "csrc/cuda": rf"{STANDARD}|cuda[a-z_0-9]*\.h|cub/.*|cooperative_groups\.h"}
 
 Arrow = tuple[str, str]
