@@ -3,19 +3,20 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
 
-from fastopt.files import torch_file
-from fastopt.files.atomic import replacing
+from fastopt.files import formats
+from fastopt.files.torch_file import SafeGlobal
 from fastopt.inspection.places import places
 from fastopt.policy import Devices, DTypes
-from fastopt.report import LoadReport
+from fastopt.report import CastCount, LoadReport
+from fastopt.saving import with_dtypes
 from fastopt.state_dict import StateDict, load_state_dict, state_dict
-from fastopt.text import counted, duration, listed, size
+from fastopt.text import counted, dtype_name, duration, listed, size, some
 
 DEPTH = 3
 """Levels of a checkpoint at which a state dict is looked for, to say where one is."""
@@ -23,37 +24,62 @@ DEPTH = 3
 
 @dataclass
 class SaveReport:
-    """What `save` did. Prints as one line."""
+    """What `save` did. Prints as a few lines."""
 
     path: str
     tensors: int
     bytes_written: int
     """The size of the file."""
     seconds: float
+    casts: dict[tuple[torch.dtype, torch.dtype], CastCount] = field(default_factory=dict)
+    """Tensors that have another dtype in the file, by their own and that one."""
+    unused_patterns: list[str] = field(default_factory=list)
+    """Keys and patterns of `dtype` that fitted no key of the state."""
 
     def __str__(self) -> str:
         rate = f", {size(self.bytes_written / self.seconds)}/s" if self.seconds else ""
-        return (
+        lines = [
             f"saved {counted(self.tensors, 'tensor')} in {duration(self.seconds)}: {self.path}, "
             f"{size(self.bytes_written)}{rate}"
-        )
+        ]
+        for (source, target), count in self.casts.items():
+            lines.append(f"  cast {count.tensors:,} from {dtype_name(source)} to {dtype_name(target)}")
+        if self.unused_patterns:
+            lines.append(f"  no key of the state fits {some(self.unused_patterns)}, given in dtype")
+        return "\n".join(lines)
 
 
-def save(optimizer: Optimizer, path: str | os.PathLike[str]) -> SaveReport:
-    """Write the state of an optimizer to a file that `torch.load(path, weights_only=True)` reads.
+def save(optimizer: Optimizer, path: str | os.PathLike[str], *, dtype: DTypes | None = None) -> SaveReport:
+    """Write the state of an optimizer to a file.
 
-    An existing file is replaced at once and as a whole, and is on the disk when this returns: after a crash or a loss
-    of power at any moment the old file or the new one is there, whole. The hooks of saving run.
+    A name that ends with `.safetensors` makes it one of the safetensors library (docs/formats.md); any other, one that
+    `torch.load(path, weights_only=True)` reads. An existing file is replaced at once and as a whole, and is on the disk
+    when this returns: after a crash or a loss of power at any moment the old file or the new one is there, whole. The
+    hooks of saving run.
+
+    Args:
+        optimizer: the optimizer; its state must not change meanwhile.
+        path: the file.
+        dtype: a floating dtype for the saved copy of floating state other than `step`; None keeps the dtypes. Or a dict
+            by key, as the `policy` of `load_state_dict`; keys that it does not fit keep theirs. Tensors are cast piece
+            by piece as they are written.
 
     Raises:
-        OSError: the file cannot be written; an existing one stays as it was.
+        OSError: the file cannot be written.
+        TypeError, ValueError: the state holds something that has no place in the format, and the text says where; or
+            `dtype` makes no policy.
+
+    After any error an existing file is as it was.
     """
     started = time.perf_counter()
     saved = state_dict(optimizer)
-    with replacing(path) as file:
-        torch.save(saved, file)
+    dtypes, done = None, LoadReport("")
+    if dtype is not None:
+        saved, dtypes, done = with_dtypes(optimizer, saved, dtype)
+    formats.write(path, saved, dtypes)
     tensors = sum(isinstance(place.value, torch.Tensor) for entry in saved["state"].values() for place in places(entry))
-    return SaveReport(os.fspath(path), tensors, os.path.getsize(path), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return SaveReport(os.fspath(path), tensors, os.path.getsize(path), seconds, done.casts, done.unused_patterns)
 
 
 def load(
@@ -62,13 +88,14 @@ def load(
     *,
     key: str | None = None,
     transform: Callable[[StateDict], StateDict] | None = None,
-    safe_globals: Iterable[torch_file.SafeGlobal] = (),
+    safe_globals: Iterable[SafeGlobal] = (),
+    verify: bool = False,
     policy: DTypes | None = None,
     device: Devices = "param",
     inplace: bool | Literal["auto"] = False,
     audit: bool = False,
 ) -> LoadReport:
-    """Load a state into an optimizer from a file that `torch.save` wrote.
+    """Load a state into an optimizer from a file that `torch.save` or `fastopt.save` wrote, by what is in it.
 
     The bytes go from the file to where they belong once, and are cast on the way: no copy of the file or of its state
     is made in memory. No code of the file's runs, and no class of it is imported.
@@ -82,6 +109,7 @@ def load(
             optimizer)`.
         safe_globals: classes and functions that the file may name besides those that `torch.load(weights_only=True)`
             takes.
+        verify: whether all of the file's data is read once more before, and held against its checksums.
         policy: as in `load_state_dict`; so are the others.
         device: the device that state goes to.
         inplace: whether it goes into the tensors that the optimizer already holds.
@@ -92,6 +120,7 @@ def load(
 
     Raises:
         OSError: the file cannot be opened.
+        CheckpointError: it is no checkpoint, or a damaged one; or it has no checksums and `verify` asks for them.
         pickle.UnpicklingError: the file names classes or functions that are not allowed; the text lists them.
         KeyError: there is no state dict at `key`; the text says where there are some.
         Exception: what torch raises for a file that is damaged, or what `load_state_dict` raises.
@@ -99,7 +128,7 @@ def load(
     After any error the optimizer is as it was, as far as `load_state_dict` says.
     """
     started = time.perf_counter()
-    saved = read_state_dict(path, key, safe_globals)
+    saved = read_state_dict(path, key, safe_globals, verify)
     if transform is not None:
         saved = transform(saved)
     try:
@@ -114,14 +143,18 @@ def load(
 
 
 def read_state_dict(
-    path: str | os.PathLike[str], key: str | None = None, safe_globals: Iterable[torch_file.SafeGlobal] = ()
+    path: str | os.PathLike[str],
+    key: str | None = None,
+    safe_globals: Iterable[SafeGlobal] = (),
+    verify: bool = False,
 ) -> StateDict:
     """The state dict that a file holds, whose tensors are not read yet.
 
     Raises:
         KeyError: there is none at `key`.
+        Exception: what `formats.read` raises.
     """
-    content = torch_file.read(path, safe_globals)
+    content = formats.read(path, safe_globals, verify)
     found = content if key is None else value_at(content, key)
     if not is_state_dict(found):
         there = (

@@ -20,6 +20,10 @@ class OverlapError(ValueError):
         self.entries = entries
 
 
+class CheckpointError(ValueError):
+    """What was read is no checkpoint, or a damaged one; the text names the file and the entry."""
+
+
 def describe_tensor(tensor: torch.Tensor) -> str:
     """Dtype, shape and device, for an error: `float32 [3, 4] on cpu`."""
     try:

@@ -78,3 +78,6 @@ class Backend(Protocol):
 
     def to(self, tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list[torch.Tensor]:
         """`tensor.to(**options, copy=copy)` for each."""
+
+    def write_torch_file(self, fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -> None:
+        """What `torch.save` writes, into an empty file: `fastopt.files.torch_file.write` says more."""

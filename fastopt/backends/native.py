@@ -7,13 +7,16 @@ ValueError where FASTOPT_CPU_TARGET names no instruction set of this machine.
 import os
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
+from torch.utils.serialization import config
 
 from fastopt import _C
 from fastopt.backends import python
 from fastopt.backends.interface import Rules, State
+from fastopt.files.staging import write_tensors
 
 name = "native"
 _CPU = torch.device("cpu")  # unlike "cpu:0", which to torch is another device, and a copy
@@ -87,3 +90,9 @@ def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list
         if result is None:
             results[index] = python.to_entry(index, tensors[index], options, copy)
     return results
+
+
+def write_torch_file(fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -> None:
+    write_large = partial(write_tensors, fd)
+    if not _C.write_torch_file(fd, content, dict(dtypes), config.save.storage_alignment, write_large):
+        python.write_torch_file(fd, content, dtypes)

@@ -9,6 +9,7 @@ import torch
 
 from fastopt.backends.interface import Rules, State
 from fastopt.errors import OverlapError, describe_tensor
+from fastopt.files import torch_zip
 
 name = "python"
 
@@ -52,6 +53,10 @@ def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool
 
 def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list[torch.Tensor]:
     return [to_entry(index, tensor, options, copy) for index, tensor in enumerate(tensors)]
+
+
+def write_torch_file(fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -> None:
+    torch_zip.write(fd, content, dtypes)
 
 
 def copy_entry(index: int, dst: torch.Tensor, src: torch.Tensor, non_blocking: bool) -> None:
