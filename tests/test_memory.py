@@ -251,6 +251,23 @@ def test_a_donated_state_is_never_in_memory_twice(backend: str, saved_dtype: str
     assert measured["extra"] <= max(measured["written"] - measured["read"], 0) + SLACK
 
 
+def measure_donated_keys() -> dict[str, int]:
+    optimizer = optimizer_over([16 * MIB], torch.bfloat16)
+    saved = state_dict_of(optimizer, {0: {f"key {i}": torch.ones(16 * MIB) for i in range(8)}})
+    fastopt.load_state_dict(optimizer_over([1], torch.float32), {"state": {}, "param_groups": [{"params": [0]}]})
+    gc.collect()
+    CLEAR_REFS.write_text("5")  # the most since now
+    before = resident()
+    report = fastopt.load_state_dict(optimizer, saved, donate=True)
+    return {"extra": resident("VmHWM") - before, "read": report.bytes_read, "written": report.bytes_written}
+
+
+def test_the_tensors_of_one_donated_parameter_are_released_one_by_one(backend: str) -> None:
+    measured = in_a_process("measure_donated_keys()", backend)
+    assert measured["written"] == 256 * MIB
+    assert measured["extra"] <= SLACK
+
+
 def measure_large_donated(saved_dtype: str, param_dtype: str) -> dict[str, int]:
     optimizer = optimizer_over([64 * MIB], getattr(torch, param_dtype))
     state = {0: {key: torch.ones(64 * MIB, dtype=getattr(torch, saved_dtype)) for key in ("exp_avg", "exp_avg_sq")}}

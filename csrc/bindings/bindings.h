@@ -19,7 +19,8 @@ pybind11::object cast_state(const pybind11::dict& saved_state, const pybind11::d
                             const pybind11::object& memo, const pybind11::dict& state, bool audits, bool gives);
 
 // tensors.cpp
-bool copy_plain(const pybind11::list& dsts, const pybind11::list& srcs, const pybind11::function& leave);
+bool copy_plain(const pybind11::list& dsts, const pybind11::list& srcs, const pybind11::function& leave,
+                pybind11::list begun);
 pybind11::list to_plain(const pybind11::list& tensors, const pybind11::object& dtype, bool copy);
 
 // torch_file.cpp

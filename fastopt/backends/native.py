@@ -71,15 +71,16 @@ def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], 
     return state
 
 
-def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool) -> None:
+def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool, begun: list[list[int]]) -> None:
     def leave_to_torch(indices: list[int]) -> None:
         for index in indices:
             python.check_pair(index, dsts[index], srcs[index])
         for index in indices:
+            begun.append([index])
             python.copy_entry(index, dsts[index], srcs[index], non_blocking)
 
-    if not _C.copy_plain(dsts, srcs, leave_to_torch):
-        python.copy_(dsts, srcs, non_blocking)
+    if not _C.copy_plain(dsts, srcs, leave_to_torch, begun):
+        python.copy_(dsts, srcs, non_blocking, begun)
 
 
 def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list[torch.Tensor]:

@@ -43,11 +43,12 @@ def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], 
     return state
 
 
-def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool) -> None:
+def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool, begun: list[list[int]]) -> None:
     for index, (dst, src) in enumerate(zip(dsts, srcs, strict=True)):
         check_pair(index, dst, src)
     check_overlap(dsts, srcs)
     for index, (dst, src) in enumerate(zip(dsts, srcs, strict=True)):
+        begun.append([index])
         copy_entry(index, dst, src, non_blocking)
 
 
