@@ -77,9 +77,18 @@ def save(optimizer: Optimizer, path: str | os.PathLike[str], *, dtype: DTypes | 
     if dtype is not None:
         saved, dtypes, done = with_dtypes(optimizer, saved, dtype)
     formats.write(path, saved, dtypes)
-    tensors = sum(isinstance(place.value, torch.Tensor) for entry in saved["state"].values() for place in places(entry))
+    tensors = count_tensors(saved["state"])
     seconds = time.perf_counter() - started
     return SaveReport(os.fspath(path), tensors, os.path.getsize(path), seconds, done.casts, done.unused_patterns)
+
+
+def count_tensors(value: Any) -> int:
+    """Tensors in a value, which may be one or a container of any kind."""
+    if isinstance(value, torch.Tensor):
+        return 1
+    if type(value) is dict:
+        return sum(map(count_tensors, value.values()))
+    return sum(isinstance(place.value, torch.Tensor) for place in places(value))
 
 
 def load(
