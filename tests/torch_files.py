@@ -24,21 +24,22 @@ def natively(path: Path) -> tuple[Any] | None:
 
 
 def write_archive(path: Path, pickle: bytes, records: dict[str, bytes] | None = None) -> None:
-    """An archive by torch's own writer, around any pickle."""
+    """An archive by torch's own writer, around any pickle; it adds what torch's reader asks for."""
     writer = torch._C.PyTorchFileWriter(str(path))
     writer.write_record("data.pkl", pickle, len(pickle))
-    for name, data in {"byteorder": b"little", **(records or {})}.items():
+    for name, data in (records or {}).items():
         writer.write_record(name, data, len(data))
     writer.write_end_of_file()
 
 
-def rewritten(path: Path, compression: int = zipfile.ZIP_STORED, **options: Any) -> None:
+def rewrite(path: Path, compression: int = zipfile.ZIP_STORED, without: str = "") -> None:
     """Packs the records of an archive anew, by the standard library."""
     with zipfile.ZipFile(path) as archive:
         records = {info.filename: archive.read(info) for info in archive.infolist()}
-    with zipfile.ZipFile(path, "w", compression, **options) as archive:
+    with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in records.items():
-            archive.writestr(name, data)
+            if name.partition("/")[2] != without:
+                archive.writestr(name, data)
 
 
 def records_of(path: Path) -> dict[str, zipfile.ZipInfo]:
