@@ -22,13 +22,14 @@ constexpr size_t kHeader = 30;
 
 // Whether the data behind a local header is neither encrypted nor compressed.
 bool is_stored(std::string_view header) {
-  return header.starts_with(kSignature) && (header[kFlags] & 1) == 0 && header[kMethod] == 0 && header[kMethod + 1] == 0;
+  return (header[kFlags] & 1) == 0 && header[kMethod] == 0 && header[kMethod + 1] == 0;
 }
 
 }  // namespace
 
-// Hands the mapped bytes to torch's reader, and notes where it read last: it does not tell whether a record is
-// compressed, but reads that record's local header when asked for its place.
+// Hands the mapped bytes to torch's reader, and looks at the local headers among them, of which it reads a record's when
+// asked for the record's place or bytes. It does not tell whether a record is compressed and would unpack one of any
+// size; so that stops here.
 class Archive::Source final : public caffe2::serialize::ReadAdapterInterface {
  public:
   explicit Source(std::string_view contents) : contents_(contents) {}
@@ -37,16 +38,21 @@ class Archive::Source final : public caffe2::serialize::ReadAdapterInterface {
 
   size_t read(uint64_t position, void* buffer, size_t bytes, const char* what) const override {
     TORCH_CHECK(position <= size() && bytes <= size() - position, what, ": beyond the end of the file");
-    std::memcpy(buffer, contents_.data() + position, bytes);
-    last_ = position;
+    const std::string_view wanted = contents_.substr(position, bytes);
+    if (bytes == kHeader && wanted.starts_with(kSignature)) {
+      TORCH_CHECK(is_stored(wanted), what, ": a record is compressed or encrypted");
+      last_header_ = position;
+    }
+    std::memcpy(buffer, wanted.data(), bytes);
     return bytes;
   }
 
-  size_t last() const { return last_; }
+  // The place of the local header that was read last, once.
+  std::optional<size_t> take_header() { return std::exchange(last_header_, std::nullopt); }
 
  private:
   const std::string_view contents_;
-  mutable size_t last_ = 0;
+  mutable std::optional<size_t> last_header_;
 };
 
 Archive::Archive(c10::intrusive_ptr<MappedFile> file)
@@ -58,15 +64,15 @@ Archive::~Archive() = default;
 
 std::optional<Record> Archive::find(const std::string& name) {
   try {
+    source_->take_header();
     const size_t offset = reader_->getRecordOffset(name);
-    const size_t header = source_->last();
+    const std::optional<size_t> header = source_->take_header();
     const size_t bytes = reader_->getRecordSize(name);
-    const std::string_view contents = file_->contents();
-    if (offset > contents.size() || bytes > contents.size() - offset || header + kHeader > offset ||
-        !is_stored(contents.substr(header, kHeader))) {
+    const size_t end = file_->contents().size();
+    if (!header || offset > end || bytes > end - offset) {
       return std::nullopt;
     }
-    return Record{{offset, offset + bytes}, header};
+    return Record{{offset, offset + bytes}, *header};
   } catch (const c10::Error&) {
     return std::nullopt;
   }

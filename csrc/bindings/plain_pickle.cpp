@@ -530,6 +530,7 @@ class Decoder {
     Py_ssize_t length = 0;
     const char* key = PyUnicode_AsUTF8AndSize(id[2].object.ptr(), &length);
     check(key == nullptr);
+    require(std::strlen(key) == static_cast<size_t>(length));  // torch's reader stops at a null
     const auto [found, is_new] =
         storage_of_key_.emplace(std::string(key, static_cast<size_t>(length)), static_cast<uint32_t>(storages_.size()));
     if (is_new) {
