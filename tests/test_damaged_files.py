@@ -1,4 +1,4 @@
-"""Files that are damaged, made to mislead, or no files of torch's: one error that names the file, and nothing changed."""
+"""Files that are damaged, mislead, or are not torch's: one error that names the file, and nothing changed."""
 
 import contextlib
 import copy as copying
@@ -47,9 +47,8 @@ def assert_refused(optimizer, path, match=""):
     before = fingerprint(optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's, about odd files
-        with pytest.raises(Exception, match=match) as caught:  # noqa: PT011
+        with pytest.raises(Exception, match=match) as caught:
             fastopt.load(optimizer, path)
-    assert isinstance(caught.value, Exception)
     assert str(path) in "".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
     assert fingerprint(optimizer) == before
 
@@ -88,7 +87,10 @@ def regions(path):
 
 @pytest.mark.parametrize("region", ["pickle", "headers", "directory"])
 def test_flipped_bits(path, optimizer, region, backend):
-    """Torch knows no checksums, so what is read may be wrong; but it is what torch reads, or an error."""
+    """Torch knows no checksums, so what is read may be wrong; but it is what torch reads, or an error.
+
+    Of a directory that gives a record two sizes, torch reads memory that nobody has written to.
+    """
     whole = path.read_bytes()
     places = regions(path)[region]
     chosen = random.Random(1)
@@ -101,8 +103,10 @@ def test_flipped_bits(path, optimizer, region, backend):
             assert_refused(optimizer, path)
         else:
             expected, torchs = outcome(lambda: by_torch(path))
-            assert torchs is None, f"byte {place}: read, and torch raises {torchs!r}"
-            Comparison().same(value, expected)
+            if torchs is None:
+                Comparison().same(value, expected)
+            else:
+                assert region == "directory", f"byte {place}: read, and torch raises {torchs!r}"
 
 
 def test_flipped_bits_of_values_are_values(path):
@@ -125,7 +129,7 @@ def extent_of(path, name):
 def test_a_record_that_ends_beyond_the_file(path, optimizer, size):
     for field in (COMPRESSED_SIZE, SIZE):
         set_in_directory(path, "data/3", field, struct.pack("<I", size))
-    assert_refused(optimizer, path, match=r"data/3.* ends beyond|zip64" if size < 2**32 - 1 else "")
+    assert_refused(optimizer, path, match="data/3, .* ends beyond" if size < 2**32 - 1 else "")
 
 
 @pytest.mark.parametrize("offset", [2**20, 2**31, 2**32 - 2])
@@ -135,10 +139,9 @@ def test_a_record_that_lies_outside_of_the_file(path, optimizer, offset):
 
 
 def test_records_that_overlap(path, optimizer):
-    begin, size = extent_of(path, "data/4")
+    begin, _ = extent_of(path, "data/4")
     set_in_directory(path, "data/3", HEADER, struct.pack("<I", begin))
-    assert_refused(optimizer, path, match=r"records data/[34]|records .*data/3 and .*data/4 overlap|data/4 and .*data/3")
-
+    assert_refused(optimizer, path, match=r"records .*data/3 and .*data/4 overlap")
 
 
 def test_a_record_within_another(path, optimizer):

@@ -6,6 +6,7 @@ import copyreg
 import gc
 import os
 import pickle
+import re
 import struct
 import sys
 import warnings
@@ -43,17 +44,18 @@ FLOAT, UNTYPED = name("torch", "FloatStorage"), name("torch.storage", "UntypedSt
 V2, V3 = name("torch._utils", "_rebuild_tensor_v2"), name("torch._utils", "_rebuild_tensor_v3")
 ORDERED = name("collections", "OrderedDict")
 HOOKS = ORDERED + b")R"
+ZERO, ONE, FOUR = number(0), number(1), number(4)
+KEY, CPU, WORD = text("0"), text("cpu"), text("storage")
+SIZES, STRIDES = shape(FOUR), shape(ONE)
 EXECUTED = "import pathlib; pathlib.Path('executed').touch()"
+LARGEST = b"\x8a\x08" + b"\xff" * 7 + b"\x7f"  # 2**63 - 1
 
 
-def storage(kind=FLOAT, key=text("0"), location=text("cpu"), size=number(4), word=text("storage")):
+def storage(kind=FLOAT, key=KEY, location=CPU, size=FOUR, word=WORD):
     return b"(" + word + kind + key + location + size + b"tQ"
 
 
-def tensor(
-    memory=None, offset=number(0), sizes=shape(number(4)), strides=shape(number(1)), grad=b"\x89", hooks=HOOKS, more=b"",
-    function=V2,
-):  # fmt: skip
+def tensor(memory=None, offset=ZERO, sizes=SIZES, strides=STRIDES, grad=b"\x89", hooks=HOOKS, more=b"", function=V2):
     return function + b"(" + (memory or storage()) + offset + sizes + strides + grad + hooks + more + b"tR"
 
 
@@ -155,7 +157,7 @@ PICKLES = {
     "a size that is negative": PROTO + tensor(storage(size=number(-1))) + b".",
     "a size that is a float": PROTO + tensor(storage(size=b"G" + struct.pack(">d", 4))) + b".",
     "a size that is true": PROTO + tensor(storage(size=b"\x88"), sizes=shape(), strides=shape()) + b".",
-    "a size without end": PROTO + tensor(storage(size=b"\x8a\x08" + b"\xff" * 7 + b"\x7f")) + b".",
+    "a size without end": PROTO + tensor(storage(size=LARGEST)) + b".",
     "a size beyond 64 bits": PROTO + tensor(storage(size=b"\x8a\x09" + b"\xff" * 8 + b"\x7f")) + b".",
     "one storage in two sizes": PROTO + b"](" + tensor() + tensor(storage(size=number(2))) + b"e.",
     "one storage of two types": PROTO + b"](" + tensor() + tensor(storage(kind=name("torch", "IntStorage"))) + b"e.",
@@ -169,10 +171,10 @@ PICKLES = {
     "a negative stride": PROTO + tensor(strides=shape(number(-1))) + b".",
     "a negative offset": PROTO + tensor(offset=number(-1)) + b".",
     "two negative sizes": PROTO + tensor(sizes=shape(number(-2), number(-2)), strides=shape(*[number(1)] * 2)) + b".",
-    "sizes that overflow": PROTO + tensor(sizes=shape(*[number(2**31 - 1)] * 3), strides=shape(*[number(0)] * 3)) + b".",
-    "strides that overflow": PROTO
-    + tensor(sizes=shape(*[number(2**31 - 1)] * 2), strides=shape(*[b"\x8a\x08" + b"\xff" * 7 + b"\x7f"] * 2))
+    "sizes that overflow": PROTO
+    + tensor(sizes=shape(*[number(2**31 - 1)] * 3), strides=shape(*[number(0)] * 3))
     + b".",
+    "strides that overflow": PROTO + tensor(sizes=shape(*[LARGEST] * 2), strides=shape(*[LARGEST] * 2)) + b".",
     "fewer strides than sizes": PROTO + tensor(sizes=shape(number(2), number(2))) + b".",
     "sizes that are floats": PROTO + tensor(sizes=shape(b"G" + struct.pack(">d", 4))) + b".",
     "sizes that are true": PROTO + tensor(sizes=shape(b"\x88")) + b".",
@@ -232,10 +234,6 @@ PICKLES = {
     "numbers in text": b"I1\n.",
     "a name without an end": PROTO + b"ctorch\nfloat32",
 }
-NATIVE = {"a memo without end"}
-"""What is plain after all, and only odd."""
-
-
 @pytest.fixture
 def path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -302,7 +300,7 @@ def test_odd_pickles(backend, path, which, extension, monkeypatch):
     assert not Path("executed").exists()
     assert world() == known
     assert path.read_bytes() == before
-    assert (fast is not None) == (which in NATIVE)
+    assert fast is None
     value, error = result
     if error is not None:
         assert str(path) in "".join([str(error), *getattr(error, "__notes__", [])])
@@ -345,7 +343,7 @@ def test_a_tensor_that_is_larger_than_its_record(path, size):
 
 def large_pickle():
     many = b"".join(number(i) + tensor(storage(key=text(str(i % 2)))) for i in range(20))
-    return PROTO + b"}(" + text("state") + b"}(" + many + b"u" + text("rest") + HOOKS + b"q\1}" + BUILT_ON + b"sbu."
+    return PROTO + b"}(" + text("state") + b"}(" + many + b"u" + text("rest") + HOOKS + b"q\0}" + BUILT_ON + b"sbu."
 
 
 def test_a_pickle_that_is_cut_anywhere(path):
@@ -361,18 +359,15 @@ def test_a_pickle_with_any_byte_changed(path):
     """What comes of it is nothing, or what comes of torch; never more."""
     base = PROTO + b"}(" + text("a") + tensor() + text("b") + v3(name("torch", "int32"), memory=storage(
         kind=UNTYPED, key=text("1"), size=number(16)
-    )) + text("c") + HOOKS + b"q\1}" + BUILT_ON + b"sb" + text("d") + b"h\1\x85" + number(7) + b"Nu."  # fmt: skip
+    )) + text("c") + HOOKS + b"q\0}" + BUILT_ON + b"sb" + text("d") + b"h\0\x85" + number(7) + b"Nu."  # fmt: skip
     read = 0
     for place in range(len(base)):
         for change in (1, 4, 0x20, 0x80, 0xFF):
             changed = bytearray(base)
             changed[place] ^= change
             write_archive(path, bytes(changed), RECORDS)
-            try:
-                fast = natively(path)
-            except ValueError as error:
-                assert "bytes, and" in str(error)
-                continue
+            fast, error = outcome(lambda: natively(path))
+            assert error is None or re.match(r"record data/\d has \d+ bytes, and \d+ are asked of it", str(error))
             if fast is not None:
                 read += 1
                 assert_as_torch(path, fast[0], None)

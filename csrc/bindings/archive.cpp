@@ -1,7 +1,6 @@
 #include "archive.h"
 
 #include <c10/util/Exception.h>
-#include <c10/util/flat_hash_map.h>
 #include <caffe2/serialize/inline_container.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 #include <cstring>
 #include <functional>
 #include <utility>
+#include <vector>
 
 namespace fastopt {
 namespace {
@@ -27,9 +27,9 @@ bool is_stored(std::string_view header) {
 
 }  // namespace
 
-// Hands the mapped bytes to torch's reader, and looks at the local headers among them, of which it reads a record's when
-// asked for the record's place or bytes. It does not tell whether a record is compressed and would unpack one of any
-// size; so that stops here.
+// Hands the mapped bytes to torch's reader, and looks at the local headers among them, of which it reads a record's
+// when asked for the record's place or bytes. It does not tell whether a record is compressed and would unpack one of
+// any size; so that stops here.
 class Archive::Source final : public caffe2::serialize::ReadAdapterInterface {
  public:
   explicit Source(std::string_view contents) : contents_(contents) {}
@@ -90,15 +90,19 @@ bool Archive::has(const std::string& name) {
   return reader_->hasRecord(name);
 }
 
-bool Archive::names_are_distinct() {
-  ska::flat_hash_set<size_t> seen;  // of hashes: should two names share one, that is no harm
+bool Archive::names_are_ordinary() {
+  std::vector<size_t> hashes;  // should two names share one, that is no harm
   for (std::string name : reader_->getAllRecords()) {
-    std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
-    if (!seen.insert(std::hash<std::string>()(name)).second) {
-      return false;
+    for (char& character : name) {
+      if ((character & 0x80) != 0) {
+        return false;
+      }
+      character = static_cast<char>(std::tolower(character));
     }
+    hashes.push_back(std::hash<std::string>()(name));
   }
-  return true;
+  std::sort(hashes.begin(), hashes.end());
+  return std::adjacent_find(hashes.begin(), hashes.end()) == hashes.end();
 }
 
 }  // namespace fastopt

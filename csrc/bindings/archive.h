@@ -45,8 +45,8 @@ class Archive {
 
   bool has(const std::string& name);
 
-  // Whether a name stands for one record only. Names that differ in case are one to torch's reader.
-  bool names_are_distinct();
+  // Whether all names are ASCII, and each stands for one record: names that differ in case are one to torch's reader.
+  bool names_are_ordinary();
 
  private:
   class Source;

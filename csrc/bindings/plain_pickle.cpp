@@ -1,9 +1,8 @@
 #include "plain_pickle.h"
 
 #include <ATen/core/Tensor.h>
-#include <c10/util/flat_hash_map.h>
-#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
@@ -12,6 +11,7 @@
 #include <cstring>
 #include <optional>
 #include <span>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -116,51 +116,6 @@ class Cursor {
   std::string_view rest_;
 };
 
-// Under which numbers the memo is asked for something: mostly for few of those that it is given.
-ska::flat_hash_set<uint32_t> fetched_numbers(std::string_view pickle) {
-  ska::flat_hash_set<uint32_t> fetched;
-  Cursor cursor(pickle);
-  while (true) {
-    switch (cursor.byte()) {
-      case kStop:
-        return fetched;
-      case kBinGet:
-        fetched.insert(cursor.byte());
-        break;
-      case kLongBinGet:
-        fetched.insert(cursor.number<uint32_t>());
-        break;
-      case kGlobal:
-        cursor.line();
-        cursor.line();
-        break;
-      case kBinUnicode:
-        cursor.take(cursor.number<uint32_t>());
-        break;
-      case kLong1:
-        cursor.take(cursor.byte());
-        break;
-      case kBinFloat:
-        cursor.take(8);
-        break;
-      case kBinInt:
-      case kLongBinPut:
-        cursor.take(4);
-        break;
-      case kBinInt2:
-        cursor.take(2);
-        break;
-      case kProto:
-      case kBinInt1:
-      case kBinPut:
-        cursor.take(1);
-        break;
-      default:  // has no argument, or stops the decoder when it gets there
-        break;
-    }
-  }
-}
-
 enum class Global : uint8_t { RebuildTensorV2, RebuildTensorV3, OrderedDict, UntypedStorage, TypedStorage };
 
 struct NamedGlobal {
@@ -190,10 +145,26 @@ constexpr std::array kGlobals{
 };
 
 constexpr std::array kDTypes{
-    at::kFloat,       at::kBFloat16,        at::kHalf,           at::kDouble,           at::kLong,
-    at::kInt,         at::kShort,           at::kChar,           at::kByte,             at::kBool,
-    at::kComplexHalf, at::kComplexFloat,    at::kComplexDouble,  at::kUInt16,           at::kUInt32,
-    at::kUInt64,      at::kFloat8_e4m3fn,   at::kFloat8_e5m2,    at::kFloat8_e4m3fnuz,  at::kFloat8_e5m2fnuz,
+    at::kFloat,
+    at::kBFloat16,
+    at::kHalf,
+    at::kDouble,
+    at::kLong,
+    at::kInt,
+    at::kShort,
+    at::kChar,
+    at::kByte,
+    at::kBool,
+    at::kComplexHalf,
+    at::kComplexFloat,
+    at::kComplexDouble,
+    at::kUInt16,
+    at::kUInt32,
+    at::kUInt64,
+    at::kFloat8_e4m3fn,
+    at::kFloat8_e5m2,
+    at::kFloat8_e4m3fnuz,
+    at::kFloat8_e5m2fnuz,
 };
 
 struct Storage {
@@ -210,6 +181,91 @@ struct Value {
   uint32_t index = 0;  // of a global in the table, or of a storage
   py::object object = {};
 };
+
+// What a pickle keeps in its memo. torch.save numbers all there is in order, and fetches little of it again.
+class Memo {
+ public:
+  // An item that is put, seen ahead.
+  void expect(uint32_t number) {
+    require(number == states_.size());
+    states_.push_back(kUnwanted);
+  }
+
+  void expect_fetch(uint32_t number) {
+    require(number < states_.size());
+    states_[number] = kWanted;
+  }
+
+  bool is_wanted(uint32_t number) const { return states_.at(number) != kUnwanted; }
+
+  // For a wanted one.
+  void put(uint32_t number, const Value& value) {
+    states_.at(number) = static_cast<uint32_t>(kFirst + kept_.size());
+    kept_.push_back(value);
+  }
+
+  const Value& fetch(uint32_t number) const {
+    require(states_.at(number) >= kFirst);
+    return kept_[states_[number] - kFirst];
+  }
+
+ private:
+  static constexpr uint32_t kUnwanted = 0;
+  static constexpr uint32_t kWanted = 1;
+  static constexpr uint32_t kFirst = 2;
+
+  std::vector<uint32_t> states_;  // by number; from kFirst on the place among the kept
+  std::vector<Value> kept_;
+};
+
+// Looks through a pickle for what will be asked of its memo.
+Memo expected_memo(std::string_view pickle) {
+  Memo memo;
+  Cursor cursor(pickle);
+  while (true) {
+    switch (cursor.byte()) {
+      case kStop:
+        return memo;
+      case kBinPut:
+        memo.expect(cursor.byte());
+        break;
+      case kLongBinPut:
+        memo.expect(cursor.number<uint32_t>());
+        break;
+      case kBinGet:
+        memo.expect_fetch(cursor.byte());
+        break;
+      case kLongBinGet:
+        memo.expect_fetch(cursor.number<uint32_t>());
+        break;
+      case kGlobal:
+        cursor.line();
+        cursor.line();
+        break;
+      case kBinUnicode:
+        cursor.take(cursor.number<uint32_t>());
+        break;
+      case kLong1:
+        cursor.take(cursor.byte());
+        break;
+      case kBinFloat:
+        cursor.take(8);
+        break;
+      case kBinInt:
+        cursor.take(4);
+        break;
+      case kBinInt2:
+        cursor.take(2);
+        break;
+      case kProto:
+      case kBinInt1:
+        cursor.take(1);
+        break;
+      default:  // has no argument, or stops the decoder when it gets there
+        break;
+    }
+  }
+}
 
 py::object checked(PyObject* object) {
   if (object == nullptr) {
@@ -300,7 +356,7 @@ int64_t elements_needed(const Counts& sizes, const Counts& strides, int64_t offs
 class Decoder {
  public:
   Decoder(std::string_view pickle, const StorageOf& storage_of)
-      : fetched_(fetched_numbers(pickle)), cursor_(pickle), storage_of_(storage_of) {}
+      : memo_(expected_memo(pickle)), cursor_(pickle), storage_of_(storage_of) {}
 
   py::object run() {
     require(cursor_.byte() == kProto && cursor_.byte() == 2);
@@ -402,19 +458,15 @@ class Decoder {
 
   void put(uint32_t number) {
     Value& value = top(1).front();
-    if (fetched_.count(number) > 0) {
+    if (memo_.is_wanted(number)) {
       if (value.kind == Value::Kind::EmptyOrderedDict) {
         object_of(value);  // from now on one and the same
       }
-      memo_[number] = value;
+      memo_.put(number, value);
     }
   }
 
-  void get(uint32_t number) {
-    const auto found = memo_.find(number);
-    require(found != memo_.end());
-    stack_.push_back(found->second);
-  }
+  void get(uint32_t number) { stack_.push_back(memo_.fetch(number)); }
 
   void make_tuple(size_t count) {
     const std::span<Value> items = top(count);
@@ -436,7 +488,7 @@ class Decoder {
   void call(size_t count) {
     for (unsigned char op = cursor_.peek(); op == kBinPut || op == kLongBinPut; op = cursor_.peek()) {
       cursor_.take(1);
-      require(fetched_.count(op == kBinPut ? cursor_.byte() : cursor_.number<uint32_t>()) == 0);
+      require(!memo_.is_wanted(op == kBinPut ? cursor_.byte() : cursor_.number<uint32_t>()));
     }
     const unsigned char op = cursor_.byte();
     if (op == kBinPersId) {
@@ -563,15 +615,14 @@ class Decoder {
     return checked(THPVariable_Wrap(tensor_over(memory_, c10::Storage(storage.impl), dtype, sizes, strides, offset)));
   }
 
-  const ska::flat_hash_set<uint32_t> fetched_;
+  Memo memo_;
   Cursor cursor_;
   const StorageOf& storage_of_;
   ResultMemory memory_;
   std::vector<Storage> storages_;
-  ska::flat_hash_map<std::string, uint32_t> storage_of_key_;
+  std::unordered_map<std::string, uint32_t> storage_of_key_;
   std::vector<Value> stack_;
   std::vector<size_t> marks_;
-  ska::flat_hash_map<uint32_t, Value> memo_;
 };
 
 }  // namespace

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <bit>
 #include <memory>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -57,10 +59,28 @@ class MappedStorages {
   std::vector<Extent> taken_;
 };
 
-// The pickle of an archive that is an ordinary one: of this byte order, no TorchScript, no name twice.
+bool is_ascii(std::string_view text) {
+  return std::all_of(text.begin(), text.end(), [](char character) { return (character & 0x80) == 0; });
+}
+
+bool is_number(std::string_view text) {
+  return !text.empty() && text.find_first_not_of("0123456789") == std::string_view::npos;
+}
+
+// Whether what torch would read of an archive besides is in order, or absent as in old files.
+bool has_ordinary_head(Archive& archive) {
+  for (const char* name : {".format_version", ".storage_alignment"}) {
+    if (archive.has(name) && !is_number(archive.read(name).value_or(""))) {
+      return false;
+    }
+  }
+  return is_ascii(archive.read(".data/serialization_id").value_or(""));
+}
+
+// The pickle of an archive that is an ordinary one: of this byte order, no TorchScript.
 std::optional<std::string> pickle_of(Archive& archive) {
   if (std::endian::native != std::endian::little || archive.read("byteorder") != "little" ||
-      archive.has("constants.pkl") || !archive.names_are_distinct()) {
+      archive.has("constants.pkl") || !archive.names_are_ordinary() || !has_ordinary_head(archive)) {
     return std::nullopt;
   }
   return archive.read("data.pkl");
