@@ -37,6 +37,7 @@ PYTHON_LAYERS = (
         "fastopt.collector",
         "fastopt.containers",
         "fastopt.files",
+        "fastopt.files.archive",
         "fastopt.files.atomic",
         "fastopt.files.checksums",
         "fastopt.files.writeback",

@@ -27,6 +27,10 @@ pybind11::list to_plain(const pybind11::list& tensors, const pybind11::object& d
 bool write_torch_file(int file, const pybind11::object& content, const pybind11::dict& dtypes, uint64_t alignment,
                       const pybind11::function& write_tensors);
 
+// torch_file.cpp
+pybind11::object read_torch_file(const std::string& path);
+pybind11::object file_range(const pybind11::object& tensor);
+
 // kernels.cpp
 void cast_buffer(const pybind11::buffer& src, const std::string& src_dtype, const pybind11::buffer& dst,
                  const std::string& dst_dtype, bool streaming);

@@ -97,3 +97,7 @@ def write_torch_file(fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -
     write_large = partial(write_tensors, fd)
     if not _C.write_torch_file(fd, content, dict(dtypes), config.save.storage_alignment, write_large):
         python.write_torch_file(fd, content, dtypes)
+
+
+def read_torch_file(path: str | os.PathLike[str]) -> tuple[Any] | None:
+    return _C.read_torch_file(os.fsencode(path))

@@ -1,7 +1,7 @@
 """Damaged checkpoints, loaded: `python -m tests.fuzz.readers --seconds 60`, or `make fuzz`.
 
-Each has to load, or to raise what is documented and name the file; the optimizer is as it was then. A crash or a hang of
-the process ends the run as well, and leaves the file that caused it in build/fuzz.
+Each has to load, or to raise what is documented and name the file; the optimizer is as it was then. A crash or a hang
+of the process ends the run as well, and leaves the file that caused it in build/fuzz.
 """
 
 import argparse
