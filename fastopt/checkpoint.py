@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from fastopt.files import torch_file
 from fastopt.files.atomic import replacing
 from fastopt.inspection.places import places
-from fastopt.policy import Devices, DTypes
+from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import LoadReport
-from fastopt.state_dict import StateDict, load_state_dict, state_dict
+from fastopt.state_dict import StateDict, cast_by, load_checked, state_dict
 from fastopt.text import counted, duration, listed, size
 
 DEPTH = 3
@@ -103,8 +103,11 @@ def load(
     if transform is not None:
         saved = transform(saved)
     try:
-        report = load_state_dict(
-            optimizer, saved, copy=True, policy=policy, device=device, inplace=inplace, audit=audit
+        fresh = transform is None  # else what is in memory may be another state than what is in the file
+        report = load_checked(
+            optimizer,
+            saved,
+            lambda: cast_by(saved, True, Policy(policy, device), inplace, False, audit, reads_files=fresh),
         )
     except Exception as error:
         error.add_note(f"while loading {os.fspath(path)}")

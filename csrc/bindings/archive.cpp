@@ -22,7 +22,8 @@ constexpr size_t kHeader = 30;
 
 // Whether the data behind a local header is neither encrypted nor compressed.
 bool is_stored(std::string_view header) {
-  return header.starts_with(kSignature) && (header[kFlags] & 1) == 0 && header[kMethod] == 0 && header[kMethod + 1] == 0;
+  return header.starts_with(kSignature) && (header[kFlags] & 1) == 0 && header[kMethod] == 0 &&
+         header[kMethod + 1] == 0;
 }
 
 }  // namespace

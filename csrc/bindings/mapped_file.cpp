@@ -23,7 +23,7 @@ c10::intrusive_ptr<MappedFile> MappedFile::open(const std::string& path) {
   if (descriptor < 0) {
     return {};
   }
-  struct stat about {};
+  struct stat about{};
   if (fstat(descriptor, &about) == 0 && S_ISREG(about.st_mode) && about.st_size > 0) {
     const auto bytes = static_cast<size_t>(about.st_size);
     void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor, 0);
@@ -51,7 +51,8 @@ std::optional<FileRange> file_range_of(const c10::StorageImpl& storage) {
     return std::nullopt;
   }
   const auto& file = *static_cast<const MappedFile*>(memory.get_context());
-  return FileRange{file.descriptor(), static_cast<size_t>(static_cast<const char*>(memory.get()) - file.contents().data()),
+  return FileRange{file.descriptor(),
+                   static_cast<size_t>(static_cast<const char*>(memory.get()) - file.contents().data()),
                    storage.nbytes()};
 }
 

@@ -2,8 +2,8 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/flat_hash_map.h>
-#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
@@ -190,10 +190,26 @@ constexpr std::array kGlobals{
 };
 
 constexpr std::array kDTypes{
-    at::kFloat,       at::kBFloat16,        at::kHalf,           at::kDouble,           at::kLong,
-    at::kInt,         at::kShort,           at::kChar,           at::kByte,             at::kBool,
-    at::kComplexHalf, at::kComplexFloat,    at::kComplexDouble,  at::kUInt16,           at::kUInt32,
-    at::kUInt64,      at::kFloat8_e4m3fn,   at::kFloat8_e5m2,    at::kFloat8_e4m3fnuz,  at::kFloat8_e5m2fnuz,
+    at::kFloat,
+    at::kBFloat16,
+    at::kHalf,
+    at::kDouble,
+    at::kLong,
+    at::kInt,
+    at::kShort,
+    at::kChar,
+    at::kByte,
+    at::kBool,
+    at::kComplexHalf,
+    at::kComplexFloat,
+    at::kComplexDouble,
+    at::kUInt16,
+    at::kUInt32,
+    at::kUInt64,
+    at::kFloat8_e4m3fn,
+    at::kFloat8_e5m2,
+    at::kFloat8_e4m3fnuz,
+    at::kFloat8_e5m2fnuz,
 };
 
 struct Storage {

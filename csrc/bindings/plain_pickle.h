@@ -33,7 +33,8 @@ namespace fastopt {
 //  - Items go into exact dicts, OrderedDicts and lists that were made here; keys are exact str, int, float, bool or
 //    None, whose hashes are Python's own. BUILD puts an exact dict with str keys into the attributes of an OrderedDict
 //    (torch.nn.Module.state_dict has its versions there), and does nothing else.
-//  - What is read is a copy that nobody changes, and each read is checked against its end. Lengths are of what is there,
+//  - What is read is a copy that nobody changes, and each read is checked against its end. Lengths are of what is
+//  there,
 //    so nothing is allocated by a number in the file alone; of the memo, only what is fetched again is kept, in a table
 //    by number. Nesting takes a stack of this machine's, not of the process.
 //
