@@ -17,6 +17,7 @@ def cast_state(
     state: defaultdict[Any, Any],
     audits: bool,
     gives: bool,
+    reads_files: bool,
 ) -> (
     tuple[
         list[tuple[Any, Any, torch.Tensor | None, Any, Any, Any, Any]],

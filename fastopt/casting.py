@@ -35,6 +35,7 @@ class Cast:
         copy: bool,
         policy: Policy | None = None,
         audit: bool = False,
+        reads_files: bool = False,
     ) -> None:
         self.groups: Sequence[Group] = optimizer.param_groups
         self.saved_groups = saved_groups
@@ -46,6 +47,8 @@ class Cast:
         self.rule_of = None if self.policy.is_reference else self.policy.rule
         self.audits = audit
         self.gives = False
+        # A hook may have changed what the mapping holds, and the file knows nothing of that.
+        self.reads_files = reads_files and not optimizer._optimizer_load_state_dict_pre_hooks
         self.report = LoadReport(self.backend.name, audit={} if audit else None)
 
     def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from fastopt.files import formats
 from fastopt.files.torch_file import SafeGlobal
 from fastopt.inspection.places import places
-from fastopt.policy import Devices, DTypes
+from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import CastCount, LoadReport
 from fastopt.saving import with_dtypes
-from fastopt.state_dict import StateDict, load_state_dict, state_dict
+from fastopt.state_dict import StateDict, cast_by, load_checked, state_dict
 from fastopt.text import counted, dtype_name, duration, listed, size, some
 
 DEPTH = 3
@@ -141,8 +141,11 @@ def load(
     if transform is not None:
         saved = transform(saved)
     try:
-        report = load_state_dict(
-            optimizer, saved, copy=True, policy=policy, device=device, inplace=inplace, audit=audit
+        fresh = transform is None  # else what is in memory may be another state than what is in the file
+        report = load_checked(
+            optimizer,
+            saved,
+            lambda: cast_by(saved, True, Policy(policy, device), inplace, False, audit, reads_files=fresh),
         )
     except Exception as error:
         error.add_note(f"while loading {os.fspath(path)}")

@@ -7,10 +7,12 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <cerrno>
 #include <new>
 #include <utility>
 
 #include "../core/cpu_target.h"
+#include "mapped_file.h"
 #include "new_tensor.h"
 #include "plain.h"
 
@@ -42,6 +44,25 @@ Job job_of(const at::Tensor& dst, const at::Tensor& src, CastDTypes dtypes) {
   return {src.const_data_ptr(), dst.mutable_data_ptr(), count, dtypes.src, dtypes.dst};
 }
 
+// Where what a job reads lies in a file, if it does.
+void find_in_file(Job& job, const c10::Storage& storage) {
+  if (const auto range = file_range_of(*storage.unsafeGetStorageImpl())) {
+    const auto before = static_cast<const char*>(job.src) - static_cast<const char*>(storage.data());
+    job.file = range->descriptor;
+    job.file_offset = static_cast<int64_t>(range->offset) + before;
+  }
+}
+
+[[noreturn]] void raise(const ReadError& error) {
+  if (error.code == 0) {
+    PyErr_SetString(PyExc_OSError, error.what());
+  } else {
+    errno = error.code;
+    PyErr_SetFromErrno(PyExc_OSError);
+  }
+  throw py::error_already_set();
+}
+
 void over_torch_threads(int64_t tasks, const std::function<void(int64_t)>& task) {
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -62,7 +83,7 @@ Job job_between(const at::Tensor& dst, const at::Tensor& src) {
   return job_of(dst, src, *dtypes);
 }
 
-Batch::Batch() : kernels_(kernels()) {}
+Batch::Batch(bool reads_files) : kernels_(kernels()), reads_files_(reads_files) {}
 
 Batch::~Batch() {
   // Far more of them than fit into a cache: fetch the counts ahead of their turn.
@@ -109,7 +130,7 @@ void Batch::copy(py::handle dst, py::handle src) {
   hold(dst);
 }
 
-py::object Batch::add(const Job& job, py::handle src, at::Tensor dst) {
+py::object Batch::add(Job job, py::handle src, at::Tensor dst) {
   auto result = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(dst)));
   if (!result) {
     throw py::error_already_set();
@@ -121,6 +142,9 @@ py::object Batch::add(const Job& job, py::handle src, at::Tensor dst) {
       kernels_.find_audited(job.src_dtype, job.dst_dtype)(job.src, job.dst, job.count, *job.audit);
     }
   } else {
+    if (reads_files_) {
+      find_in_file(job, THPVariable_Unpack(src.ptr()).storage());
+    }
     jobs_.push_back(job);
     hold(src);
   }
@@ -133,8 +157,12 @@ void Batch::hold(py::handle object) {
 }
 
 void Batch::run() {
-  const py::gil_scoped_release without_gil;
-  fastopt::run(jobs_, kernels_, at::get_num_threads(), over_torch_threads);
+  try {
+    const py::gil_scoped_release without_gil;
+    fastopt::run(jobs_, kernels_, at::get_num_threads(), over_torch_threads);
+  } catch (const ReadError& error) {
+    raise(error);
+  }
 }
 
 }  // namespace fastopt

@@ -16,7 +16,8 @@ pybind11::dict id_map(const pybind11::list& saved_lists, const pybind11::list& p
 // walk.cpp
 pybind11::object cast_state(const pybind11::dict& saved_state, const pybind11::dict& id_map,
                             const pybind11::object& hosted_on_device, const pybind11::object& rule_of,
-                            const pybind11::object& memo, const pybind11::dict& state, bool audits, bool gives);
+                            const pybind11::object& memo, const pybind11::dict& state, bool audits, bool gives,
+                            bool reads_files);
 
 // tensors.cpp
 bool copy_plain(const pybind11::list& dsts, const pybind11::list& srcs, const pybind11::function& leave,

@@ -23,6 +23,9 @@ class Rules(Protocol):
     gives: bool
     """Whether what nobody else refers to may be lost when it has been cast."""
 
+    reads_files: bool
+    """Whether tensors that lie in a mapped file still hold what the file does, and may be read from there."""
+
     @property
     def rule_of(self) -> Callable[[Any, bool], tuple[Any, Any]] | None:
         """State key, whether the tensor's own key is `"step"` -> (dtype, device), as `fastopt.policy.Rule` has them.

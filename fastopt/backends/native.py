@@ -54,7 +54,15 @@ def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], 
         return python.cast_state(saved_state, id_map, rules)
     state: State = defaultdict(dict)
     walked = _C.cast_state(
-        saved_state, id_map, rules.hosted_on_device or None, rules.rule_of, rules.memo, state, rules.audits, rules.gives
+        saved_state,
+        id_map,
+        rules.hosted_on_device or None,
+        rules.rule_of,
+        rules.memo,
+        state,
+        rules.audits,
+        rules.gives,
+        rules.reads_files,
     )
     if walked is None:  # too odd for the native walk: what it has begun is dropped
         if rules.memo is not None:
