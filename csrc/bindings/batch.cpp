@@ -135,20 +135,32 @@ py::object Batch::add(Job job, py::handle src, at::Tensor dst) {
   if (!result) {
     throw py::error_already_set();
   }
-  if (const int64_t bytes = job.count * size_of(job.src_dtype); bytes < kSmallestListed) {
-    if (job.audit == nullptr) {
-      kernels_.find(job.src_dtype, job.dst_dtype)(job.src, job.dst, job.count);
-    } else {
-      kernels_.find_audited(job.src_dtype, job.dst_dtype)(job.src, job.dst, job.count, *job.audit);
-    }
-  } else {
-    if (reads_files_) {
-      find_in_file(job, THPVariable_Unpack(src.ptr()).storage());
-    }
+  if (reads_files_) {
+    find_in_file(job, THPVariable_Unpack(src.ptr()).storage());
+  }
+  if (const int64_t bytes = job.count * size_of(job.src_dtype); bytes >= kSmallestListed) {
     jobs_.push_back(job);
     hold(src);
+  } else {
+    copy_now(job, bytes);
   }
   return result;
+}
+
+void Batch::copy_now(const Job& job, int64_t bytes) {
+  const void* src = job.src;
+  if (job.file != kNoFile) {
+    try {
+      src = window_.at(job.file, job.file_offset, bytes);
+    } catch (const ReadError& error) {
+      raise(error);
+    }
+  }
+  if (job.audit == nullptr) {
+    kernels_.find(job.src_dtype, job.dst_dtype)(src, job.dst, job.count);
+  } else {
+    kernels_.find_audited(job.src_dtype, job.dst_dtype)(src, job.dst, job.count, *job.audit);
+  }
 }
 
 void Batch::hold(py::handle object) {

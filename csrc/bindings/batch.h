@@ -50,11 +50,13 @@ class Batch {
 
  private:
   pybind11::object add(Job job, pybind11::handle src, at::Tensor dst);
+  void copy_now(const Job& job, int64_t bytes);
   void hold(pybind11::handle object);
 
   const Kernels& kernels_;
   const bool reads_files_;
   ResultMemory memory_;
+  ReadWindow window_;  // for small copies out of files
   std::vector<Job> jobs_;
   std::vector<PyObject*> held_;
 };

@@ -1,6 +1,7 @@
 // Jobs whose source is a file.
 #include "file.h"
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstdint>
@@ -107,12 +108,32 @@ void test_a_file_that_cannot_be_read_raises_its_error() {
   check(false, "no error");
 }
 
+void test_a_window_holds_what_is_asked_of_it_in_any_order() {
+  const std::vector<char> content = numbers(3 * fastopt::ReadWindow::kBytes + 11);
+  const TemporaryFile file(content);
+  const auto size = static_cast<int64_t>(content.size());
+  fastopt::ReadWindow window;
+  for (const int64_t offset : {int64_t{0}, int64_t{5}, size - 7, fastopt::ReadWindow::kBytes - 3, int64_t{1}, size}) {
+    const int64_t bytes = std::min<int64_t>(1000, size - offset);
+    const char* found = window.at(file.descriptor(), offset, bytes);
+    check(std::memcmp(found, content.data() + offset, static_cast<size_t>(bytes)) == 0, "other bytes at ", offset);
+  }
+  try {
+    window.at(file.descriptor(), size - 7, 8);
+  } catch (const ReadError& error) {
+    check(error.code == 0 && error.offset == size && error.bytes == 1, error.what());
+    return;
+  }
+  check(false, "no error beyond the end");
+}
+
 }  // namespace
 
 std::span<const Test> file_tests() {
   static constexpr std::array kTests{
       TEST(test_threads_cast_what_a_file_holds_as_if_it_were_in_memory),
       TEST(test_threads_that_reach_the_end_of_a_file_too_early_raise_one_error),
+      TEST(test_a_window_holds_what_is_asked_of_it_in_any_order),
       TEST(test_a_file_that_cannot_be_read_raises_its_error),
   };
   return kTests;
