@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fastopt.files import formats
 from fastopt.files.torch_file import SafeGlobal
+from fastopt.flattened import is_flattened, unflattened
 from fastopt.inspection.places import places
 from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import CastCount, LoadReport
@@ -79,7 +80,7 @@ def save(optimizer: Optimizer, path: str | os.PathLike[str], *, dtype: DTypes | 
     formats.write(path, saved, dtypes)
     tensors = count_tensors(saved["state"])
     seconds = time.perf_counter() - started
-    return SaveReport(os.fspath(path), tensors, os.path.getsize(path), seconds, done.casts, done.unused_patterns)
+    return SaveReport(os.fspath(path), tensors, formats.size_of(path), seconds, done.casts, done.unused_patterns)
 
 
 def count_tensors(value: Any) -> int:
@@ -168,6 +169,8 @@ def read_state_dict(
     """
     content = formats.read(path, safe_globals, verify)
     found = content if key is None else value_at(content, key)
+    if is_flattened(found):
+        found = unflattened(found)
     if not is_state_dict(found):
         there = (
             f"{os.fspath(path)} is no state dict" if key is None else f"{os.fspath(path)} has no state dict at {key!r}"
