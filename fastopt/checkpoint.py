@@ -3,17 +3,21 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, overload
 
 import torch
 from torch.optim import Optimizer
 
+from fastopt.background import in_background, in_turn, raise_unasked
 from fastopt.files import torch_file
 from fastopt.files.atomic import replacing
 from fastopt.inspection.places import places
 from fastopt.policy import Devices, DTypes
 from fastopt.report import LoadReport
+from fastopt.snapshot import snapshot
 from fastopt.state_dict import StateDict, load_state_dict, state_dict
 from fastopt.text import counted, duration, listed, size
 
@@ -39,17 +43,55 @@ class SaveReport:
         )
 
 
-def save(optimizer: Optimizer, path: str | os.PathLike[str]) -> SaveReport:
+@overload
+def save(optimizer: Optimizer, path: str | os.PathLike[str], *, background: Literal[False] = False) -> SaveReport: ...
+
+
+@overload
+def save(optimizer: Optimizer, path: str | os.PathLike[str], *, background: Literal[True]) -> Future[SaveReport]: ...
+
+
+def save(
+    optimizer: Optimizer, path: str | os.PathLike[str], *, background: bool = False
+) -> SaveReport | Future[SaveReport]:
     """Write the state of an optimizer to a file that `torch.load(path, weights_only=True)` reads.
 
-    An existing file is replaced at once and as a whole, and is on the disk when this returns: after a crash or a loss
+    An existing file is replaced at once and as a whole, and is on the disk when this is done: after a crash or a loss
     of power at any moment the old file or the new one is there, whole. The hooks of saving run.
+
+    Args:
+        optimizer: the optimizer.
+        path: the file.
+        background: whether to write in a thread, and to return as soon as there is a `snapshot` of the state in the
+            CPU's memory, which takes as long as copying it. One optimizer has at most one such copy: where its previous
+            save in the background is not done, this one waits for it first. Those of several optimizers are written one
+            after the other. Saves to one path are done in the order in which they were asked for, whichever kind they
+            are. At exit, saves that are under way are finished; an interruption ends that.
+
+    Returns:
+        The report; with `background` a Future whose result it is, and whose `result()` raises the errors of writing.
 
     Raises:
         OSError: the file cannot be written; an existing one stays as it was.
+        BackgroundSaveError: an earlier save in the background, to whatever path, has failed, and nobody has asked its
+            Future; this save is done all the same, or goes on in the background. Where no other save follows, the error
+            is written to stderr at exit, and the exit code is 120.
     """
+    if background:
+        future = in_background(
+            optimizer, path, lambda: snapshot(optimizer).state_dict(), partial(write_state_dict, path=path)
+        )
+        raise_unasked(f"the save to {os.fspath(path)} goes on in the background", future)
+        return future
+    with in_turn(path):
+        report = write_state_dict(state_dict(optimizer), path)
+    raise_unasked(f"the save to {os.fspath(path)} is done")
+    return report
+
+
+def write_state_dict(saved: StateDict, path: str | os.PathLike[str]) -> SaveReport:
+    """Write a state dict to a file."""
     started = time.perf_counter()
-    saved = state_dict(optimizer)
     with replacing(path) as file:
         torch.save(saved, file)
     tensors = sum(isinstance(place.value, torch.Tensor) for entry in saved["state"].values() for place in places(entry))

@@ -20,6 +20,10 @@ class OverlapError(ValueError):
         self.entries = entries
 
 
+class BackgroundSaveError(RuntimeError):
+    """An earlier save in the background failed, and nobody asked its Future. The cause is what went wrong."""
+
+
 def describe_tensor(tensor: torch.Tensor) -> str:
     """Dtype, shape and device, for an error: `float32 [3, 4] on cpu`."""
     try:
