@@ -4,7 +4,7 @@ from fastopt.audit import AuditCount
 from fastopt.backends import BackendInfo, backend
 from fastopt.batch import copy_, to
 from fastopt.checkpoint import SaveReport, load, save
-from fastopt.errors import BackgroundSaveError
+from fastopt.errors import BackgroundSaveError, CheckpointError
 from fastopt.inspection import Diff, Problem, Summary, check, diff, summary
 from fastopt.matching import match
 from fastopt.patch import install, installed, uninstall
@@ -17,6 +17,7 @@ __all__ = [
     "AuditCount",
     "BackendInfo",
     "BackgroundSaveError",
+    "CheckpointError",
     "Diff",
     "LoadReport",
     "Problem",

@@ -87,8 +87,8 @@ class Cast:
             else:
                 rule = self.policy.rule(state_key, is_step=isinstance(key, str) and key == "step")
                 result = self.to(value, rule.options(param, value, saved_id in self.hosted_on_device))
-            if self.audits and result.dtype != value.dtype and (seen := audited(value, result)):
-                self.report.add_audit(state_key, value.dtype, result.dtype, seen)
+            if self.audits and result.dtype != value.dtype:
+                self.report.add_audit(state_key, value.dtype, result.dtype, audited(value, result))
             return result
         except Exception as error:
             place = "a value without a key" if key is None else f"key {key!r}"

@@ -37,11 +37,6 @@ bool fits_its_storage(const c10::TensorImpl& impl) {
   return static_cast<size_t>(last + 1) * impl.itemsize() <= impl.unsafe_storage().nbytes();
 }
 
-bool has_attributes(PyObject* object) {
-  PyObject** dict = _PyObject_GetDictPtr(object);
-  return dict != nullptr && *dict != nullptr && PyDict_GET_SIZE(*dict) > 0;
-}
-
 // As CPython's own _PyObject_GET_WEAKREFS_LISTPTR, which is not public.
 bool has_weak_references(PyObject* object) {
   const Py_ssize_t offset = Py_TYPE(object)->tp_weaklistoffset;
@@ -80,6 +75,11 @@ bool is_plain_cuda(const at::Tensor& tensor) {
   constexpr c10::DispatchKeySet ordinary({c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA,
                                           c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
   return is_plain_among(tensor, ordinary);
+}
+
+bool has_attributes(PyObject* object) {
+  PyObject** dict = _PyObject_GetDictPtr(object);
+  return dict != nullptr && *dict != nullptr && PyDict_GET_SIZE(*dict) > 0;
 }
 
 bool has_only_its_storage(PyObject* object, const at::Tensor& tensor) {

@@ -73,8 +73,17 @@ class Backend(Protocol):
     def cast_state(self, saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], rules: Rules) -> State:
         """The optimizer's new state, by the rules."""
 
-    def copy_(self, dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool) -> None:
-        """`dst.copy_(src)` for each pair, after all pairs have been checked."""
+    def copy_(
+        self, dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool, begun: list[list[int]]
+    ) -> None:
+        """`dst.copy_(src)` for each pair, after all pairs have been checked.
+
+        `begun` gets the indices of pairs that are copied together, before their first byte is written: after an error
+        all in it are copied, but the last of these lists perhaps in part.
+        """
 
     def to(self, tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list[torch.Tensor]:
         """`tensor.to(**options, copy=copy)` for each."""
+
+    def write_torch_file(self, fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -> None:
+        """What `torch.save` writes, into an empty file: `fastopt.files.torch_file.write` says more."""

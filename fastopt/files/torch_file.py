@@ -3,11 +3,15 @@
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from fastopt.backends import current
+from fastopt.errors import CheckpointError
+from fastopt.files.atomic import replacing
 
 SafeGlobal = Callable[..., Any] | tuple[Callable[..., Any], str]
 """A class or function that a file may name; or one and the name that it has in the file."""
@@ -18,7 +22,7 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
 
     The tensors are not read yet: they lie in a mapping of the file, and what is never looked at is never read. While
     they are in use the file must not be cut short, which would kill the process (SIGBUS). Files from before torch 1.6
-    are read as a whole.
+    are read as a whole, and so are those behind the name of a .safetensors file.
 
     Args:
         path: the file.
@@ -33,6 +37,9 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
     try:
         is_zip = zipfile.is_zipfile(path)
         with safe_globals(allowed):
+            if os.fsdecode(path).endswith(".safetensors"):  # torch would go by the name, and not by what is in the file
+                with open(path, "rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         if is_zip and (names := forbidden_globals(path, allowed)):
@@ -45,6 +52,49 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
     except Exception as error:
         error.add_note(f"while reading {os.fspath(path)}")
         raise
+
+
+def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch.dtype] | None = None) -> None:
+    """Replace a file by what `torch.save` would write, with its data written and summed by all threads.
+
+    The tensors may lie on any device, and go to the file piece by piece: extra memory is that of `write_tensors`, of
+    the pickle, and some hundred bytes a tensor. Only tensors of subclasses and other odd kinds that lie on another
+    device are brought to the CPU as a whole, as torch does.
+
+    Args:
+        path: the file; replaced as a whole and at once.
+        content: whatever torch can save. It must not change meanwhile.
+        dtypes: the dtype that a tensor gets in the file, by its `id`, as if `tensor.to(dtype)` stood in its place; all
+            others keep theirs. Tensors named here are strided ones of no subclass that have values.
+
+    Raises:
+        OSError: the file cannot be written.
+        Exception: what `torch.save` raises for content that it cannot save.
+
+    After any error the file is as it was.
+    """
+    with replacing(path) as file:
+        current().write_torch_file(file.fileno(), content, dtypes or {})
+
+
+def verify(path: str | os.PathLike[str]) -> None:
+    """Hold the data of a file against the checksums that a zip file has.
+
+    Raises:
+        OSError: the file cannot be opened.
+        CheckpointError: it has none, as before torch 1.6; or it is damaged, and the text names an entry.
+    """
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{os.fspath(path)} has no checksums: it is no zip file, or not a whole one")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # zipfile has many for what it cannot read
+        raise CheckpointError(f"{os.fspath(path)} is damaged: {error}") from error
+    if damaged is not None:
+        raise CheckpointError(f"{os.fspath(path)}: {damaged} is damaged: the checksum is not the saved one")
 
 
 def forbidden_globals(path: str | os.PathLike[str], allowed: list[SafeGlobal]) -> list[str]:
