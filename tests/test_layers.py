@@ -31,7 +31,7 @@ PYTHON_LAYERS = (
     ("fastopt.backends.python",),
     ("fastopt.backends.interface",),
     ("fastopt.files.torch_zip",),
-    ("fastopt.files.metadata", "fastopt.files.staging", "fastopt.files.torch_pickle"),
+    ("fastopt.files.metadata", "fastopt.files.staging", "fastopt.files.torch_checks", "fastopt.files.torch_pickle"),
     (
         "fastopt.errors",
         "fastopt.collector",

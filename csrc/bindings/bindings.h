@@ -23,7 +23,7 @@ bool copy_plain(const pybind11::list& dsts, const pybind11::list& srcs, const py
                 pybind11::list begun);
 pybind11::list to_plain(const pybind11::list& tensors, const pybind11::object& dtype, bool copy);
 
-// torch_file.cpp
+// write_torch_file.cpp
 bool write_torch_file(int file, const pybind11::object& content, const pybind11::dict& dtypes, uint64_t alignment,
                       const pybind11::function& write_tensors);
 

@@ -43,13 +43,6 @@ bool has_weak_references(PyObject* object) {
   return offset == 0 || *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset) != nullptr;
 }
 
-// A storage that Python has looked at once, as torch.load and torch.save do, has a Python object from then on, which
-// refers to it; nobody else refers to that object.
-bool is_the_only_user(const c10::Storage& storage) {
-  const size_t from_python = storage.unsafeGetStorageImpl()->pyobj_slot()->has_unique_reference() ? 1 : 0;
-  return storage.use_count() == 1 + from_python;
-}
-
 bool is_plain_among(const at::Tensor& tensor, c10::DispatchKeySet ordinary) {
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   // Raw bits: DispatchKeySet's own difference ignores the backend, and so would pass a meta tensor.
@@ -75,6 +68,13 @@ bool is_plain_cuda(const at::Tensor& tensor) {
   constexpr c10::DispatchKeySet ordinary({c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA,
                                           c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
   return is_plain_among(tensor, ordinary);
+}
+
+// A storage that Python has looked at once, as torch.load and torch.save do, has a Python object from then on, which
+// refers to it; nobody else refers to that object.
+bool is_the_only_user(const c10::Storage& storage) {
+  const size_t from_python = storage.unsafeGetStorageImpl()->pyobj_slot()->has_unique_reference() ? 1 : 0;
+  return storage.use_count() == 1 + from_python;
 }
 
 bool has_attributes(PyObject* object) {

@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <bit>
 #include <limits>
 
@@ -56,6 +57,12 @@ py::object interned(const char* word) {
   return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(word));
 }
 
+// Whether a pickle may come upon an object twice: not where its container has the only reference. The memo need not
+// know such a one, and need not be asked for it, which would be a cache miss each.
+bool stands_elsewhere(PyObject* object) {
+  return Py_REFCNT(object) > 1;
+}
+
 bool has_hooks(PyObject* object) {
   PyObject* hooks = reinterpret_cast<THPVariable*>(object)->backward_hooks;
   return hooks != nullptr && hooks != Py_None;
@@ -70,6 +77,7 @@ void TorchPickle::dump(py::handle content) {
   out_.append("\x80\x02");
   save(content.ptr(), 0);
   out_.push_back('.');
+  check_views();
 }
 
 template <class Number>
@@ -88,9 +96,14 @@ void TorchPickle::put_memo(uint32_t index) {
   }
 }
 
+// For what is pickled once.
+uint32_t TorchPickle::remember_new() {
+  put_memo(next_);
+  return next_++;
+}
+
 void TorchPickle::remember(const void* object) {
-  memo_[object] = next_;
-  remember_new();
+  memo_[object] = remember_new();
 }
 
 // Whether an object was pickled before: then the pickle refers to that.
@@ -99,18 +112,22 @@ bool TorchPickle::recall(const void* object) {
   if (found == memo_.end()) {
     return false;
   }
-  if (found->second < 256) {
-    out_.push_back('h');
-    put(static_cast<uint8_t>(found->second));
-  } else {
-    out_.push_back('j');
-    put(found->second);
-  }
+  recall_index(found->second);
   return true;
 }
 
+void TorchPickle::recall_index(uint32_t index) {
+  if (index < 256) {
+    out_.push_back('h');
+    put(static_cast<uint8_t>(index));
+  } else {
+    out_.push_back('j');
+    put(index);
+  }
+}
+
 void TorchPickle::save(PyObject* object, size_t depth) {
-  if (save_atom(object) || recall(object)) {
+  if (save_atom(object) || (stands_elsewhere(object) && recall(object))) {
     return;
   }
   if (depth == kMaxDepth) {  // a container within itself, perhaps
@@ -285,8 +302,8 @@ void TorchPickle::save_tensor(PyObject* object) {
   }
   size_t index = storages_.size();
   if (casts) {
-    storages_.push_back({{}, tensor, dtype, static_cast<uint64_t>(tensor.numel()) * c10::elementSize(dtype)});
-    names_.push_back(py::str(py::int_(index)));
+    const auto size = static_cast<uint64_t>(tensor.numel()) * c10::elementSize(dtype);
+    storages_.push_back({{}, tensor, dtype, size, {}});
   } else {
     index = storage_of(tensor);
   }
@@ -303,7 +320,11 @@ void TorchPickle::save_tensor(PyObject* object) {
   out_.push_back('t');
   remember_new();
   out_.push_back('R');
-  remember(object);
+  if (stands_elsewhere(object)) {
+    remember(object);
+  } else {
+    remember_new();
+  }
 }
 
 // The persistent id of a storage: ("storage", class, key, location, number of elements).
@@ -311,7 +332,7 @@ void TorchPickle::save_storage(size_t index, at::ScalarType dtype) {
   out_.push_back('(');
   save(word_storage_.ptr(), 0);
   save_global(storage_class(dtype));
-  save(names_[index].ptr(), 0);
+  save_name(index);
   save(word_cpu_.ptr(), 0);
   save_int(static_cast<int64_t>(storages_[index].size / c10::elementSize(dtype)));
   out_.push_back('t');
@@ -319,20 +340,54 @@ void TorchPickle::save_storage(size_t index, at::ScalarType dtype) {
   out_.push_back('Q');
 }
 
-// The index of a tensor's storage. One that is viewed as two dtypes is torch's to refuse.
+// The name of a storage: its index. What is longer than a digit is a string of its own; the others may be in the
+// content as well, as Python has one object for each.
+void TorchPickle::save_name(size_t index) {
+  if (index < 10) {
+    save(py::str(py::int_(index)).ptr(), 0);
+    return;
+  }
+  Stored& stored = storages_[index];
+  if (stored.name) {
+    recall_index(*stored.name);
+    return;
+  }
+  const std::string name = std::to_string(index);
+  out_.push_back('X');
+  put(static_cast<uint32_t>(name.size()));
+  out_.append(name);
+  stored.name = remember_new();
+}
+
+// The index of a tensor's storage.
 size_t TorchPickle::storage_of(const at::Tensor& tensor) {
   const c10::Storage& memory = tensor.storage();
-  const auto [found, is_new] = known_.emplace(memory.unsafeGetStorageImpl(), storages_.size());
-  if (is_new) {
-    storages_.push_back({memory, {}, tensor.scalar_type(), memory.nbytes()});
-    names_.push_back(py::str(py::int_(found->second)));
+  if (!is_the_only_user(memory)) {
+    const auto [found, is_new] = shared_.emplace(memory.unsafeGetStorageImpl(), storages_.size());
+    if (!is_new) {
+      if (storages_[found->second].dtype != tensor.scalar_type()) {
+        throw NotPlain();
+      }
+      return found->second;
+    }
   }
-  if (const void* address = memory.data(); address != nullptr) {
-    if (viewed_as_.emplace(address, tensor.scalar_type()).first->second != tensor.scalar_type()) {
+  storages_.push_back({memory, {}, tensor.scalar_type(), memory.nbytes(), {}});
+  return storages_.size() - 1;
+}
+
+// Memory that is viewed as two dtypes is torch's to refuse, also where two storages stand for it.
+void TorchPickle::check_views() const {
+  const auto differs = [&](const Stored& stored) { return stored.dtype != storages_.front().dtype; };
+  if (std::none_of(storages_.begin(), storages_.end(), differs)) {
+    return;
+  }
+  ska::flat_hash_map<const void*, at::ScalarType> viewed_as;
+  for (const Stored& stored : storages_) {
+    if (stored.memory && stored.memory.data() != nullptr &&
+        viewed_as.emplace(stored.memory.data(), stored.dtype).first->second != stored.dtype) {
       throw NotPlain();
     }
   }
-  return found->second;
 }
 
 at::ScalarType TorchPickle::dtype_of(PyObject* object, const at::Tensor& tensor) const {

@@ -5,8 +5,8 @@
 #include <c10/util/flat_hash_map.h>
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <string>
-#include <string_view>
 #include <vector>
 
 namespace fastopt {
@@ -22,7 +22,8 @@ struct Stored {
   c10::Storage memory;  // without a value where there is a cast
   at::Tensor tensor;    // what is cast
   at::ScalarType dtype;
-  uint64_t size;  // bytes in the file
+  uint64_t size;                 // bytes in the file
+  std::optional<uint32_t> name;  // index of its name in the pickle's memo, once that is there
 };
 
 class TorchPickle {
@@ -52,12 +53,15 @@ class TorchPickle {
   void save_global(const char* name);
   void save_tensor(PyObject* object);
   void save_storage(size_t index, at::ScalarType dtype);
+  void save_name(size_t index);
   size_t storage_of(const at::Tensor& tensor);
+  void check_views() const;
   at::ScalarType dtype_of(PyObject* object, const at::Tensor& tensor) const;
 
   bool recall(const void* object);
+  void recall_index(uint32_t index);
   void remember(const void* object);
-  void remember_new() { put_memo(next_++); }
+  uint32_t remember_new();
   void put_memo(uint32_t index);
   template <class Number>
   void put(Number number);
@@ -67,10 +71,8 @@ class TorchPickle {
   std::string out_;
   uint32_t next_ = 0;                               // index in the memo
   ska::flat_hash_map<const void*, uint32_t> memo_;  // by what was pickled, or by the name of a global
-  std::vector<pybind11::object> names_;             // of the storages: their keys in the pickle
   std::vector<Stored> storages_;
-  ska::flat_hash_map<const void*, size_t> known_;              // index of a storage
-  ska::flat_hash_map<const void*, at::ScalarType> viewed_as_;  // dtype of what is at an address
+  ska::flat_hash_map<const void*, size_t> shared_;  // index of a storage that several tensors use
   const pybind11::object word_storage_;
   const pybind11::object word_cpu_;
 };

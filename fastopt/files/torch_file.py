@@ -10,8 +10,8 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from fastopt.backends import current
-from fastopt.errors import CheckpointError
 from fastopt.files.atomic import replacing
+from fastopt.files.torch_checks import verify as verify
 
 SafeGlobal = Callable[..., Any] | tuple[Callable[..., Any], str]
 """A class or function that a file may name; or one and the name that it has in the file."""
@@ -75,26 +75,6 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
     """
     with replacing(path) as file:
         current().write_torch_file(file.fileno(), content, dtypes or {})
-
-
-def verify(path: str | os.PathLike[str]) -> None:
-    """Hold the data of a file against the checksums that a zip file has.
-
-    Raises:
-        OSError: the file cannot be opened.
-        CheckpointError: it has none, as before torch 1.6; or it is damaged, and the text names an entry.
-    """
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{os.fspath(path)} has no checksums: it is no zip file, or not a whole one")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except OSError:
-        raise
-    except Exception as error:  # zipfile has many for what it cannot read
-        raise CheckpointError(f"{os.fspath(path)} is damaged: {error}") from error
-    if damaged is not None:
-        raise CheckpointError(f"{os.fspath(path)}: {damaged} is damaged: the checksum is not the saved one")
 
 
 def forbidden_globals(path: str | os.PathLike[str], allowed: list[SafeGlobal]) -> list[str]:

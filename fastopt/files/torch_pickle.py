@@ -20,7 +20,7 @@ PROTOCOL = torch.serialization.DEFAULT_PROTOCOL
 
 
 class Stored(NamedTuple):
-    """What a record of a storage holds: the elements of a tensor in row-major order, as this dtype."""
+    """What a record holds that is no storage on the CPU yet: elements of a tensor in row-major order, as this dtype."""
 
     tensor: Tensor
     dtype: torch.dtype
@@ -30,8 +30,12 @@ class Stored(NamedTuple):
         """Bytes in the file."""
         return self.tensor.numel() * self.dtype.itemsize
 
+    def in_memory(self) -> UntypedStorage:
+        """A storage on the CPU that holds this."""
+        return self.tensor.detach().to("cpu", self.dtype).contiguous().untyped_storage()
 
-Record = tuple[str, bytes | str | Stored]
+
+Record = tuple[str, bytes | str | UntypedStorage | Stored]
 """Name and content."""
 
 
@@ -72,11 +76,7 @@ class _Records:
 
     def write_record(self, name: str, data: Any, size: int) -> None:
         """Called by torch: bytes or text, or the storage of a tensor."""
-        if isinstance(data, UntypedStorage):
-            data = Stored(torch.empty(0, dtype=torch.uint8).set_(data), torch.uint8)
-        elif isinstance(data, _StandIn):
-            data = data.stored
-        self.records.append((name, data))
+        self.records.append((name, data.stored if isinstance(data, _StandIn) else data))
 
 
 class _StandIn:
@@ -133,8 +133,7 @@ def reduced(tensor: Tensor, stand_ins: dict[int, _StandIn]) -> tuple[Any, ...]:
     named, *rest = arguments
     storage: UntypedStorage = tensor.untyped_storage()
     if storage._cdata not in stand_ins:
-        memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-        stand_ins[storage._cdata] = _StandIn(Stored(memory, torch.uint8), storage.device, storage)
+        stand_ins[storage._cdata] = _StandIn(Stored(bytes_of(storage), torch.uint8), storage.device, storage)
     return function, (typed(named, stand_ins[storage._cdata], tensor.dtype), *rest)
 
 
@@ -152,3 +151,8 @@ def reduced_as(tensor: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
 def typed(named: TypedStorage | UntypedStorage, stand_in: _StandIn, dtype: torch.dtype) -> _TypedStandIn:
     """A stand-in in place of the storage that torch names in a pickle."""
     return (_TypedStandIn if isinstance(named, TypedStorage) else _UntypedStandIn)(stand_in, dtype)
+
+
+def bytes_of(storage: UntypedStorage) -> Tensor:
+    """A storage as a tensor of its bytes."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
