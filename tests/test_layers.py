@@ -16,7 +16,7 @@ PYTHON_LAYERS = (
     ("fastopt",),
     ("fastopt.patch",),
     ("fastopt.checkpoint",),
-    ("fastopt.inspection", "fastopt.matching", "fastopt.recast", "fastopt.snapshot"),
+    ("fastopt.background", "fastopt.inspection", "fastopt.matching", "fastopt.recast", "fastopt.snapshot"),
     ("fastopt.inspection.check", "fastopt.inspection.diff", "fastopt.inspection.summary"),
     ("fastopt.inspection.places", "fastopt.inspection.values"),
     ("fastopt.saving",),
