@@ -3,8 +3,6 @@
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/StorageImpl.h>
-#include <c10/core/TensorImpl.h>
-#include <c10/core/UndefinedTensorImpl.h>
 #include <c10/util/Exception.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -13,6 +11,7 @@
 #include <utility>
 
 #include "../core/cpu_target.h"
+#include "new_tensor.h"
 #include "plain.h"
 
 namespace py = pybind11;
@@ -26,16 +25,11 @@ c10::intrusive_ptr<c10::StorageImpl> new_storage(ResultMemory& memory, size_t by
                                        c10::GetCPUAllocator(), /*resizable=*/true);
 }
 
-// A plain tensor of `like`'s sizes and strides over a new storage, built without the dispatcher: no operation happens
-// here that a mode or a transform would want to see. Undefined where there is no memory for it.
+// A tensor of `like`'s sizes and strides over a new storage. Undefined where there is no memory for it.
 at::Tensor new_tensor(ResultMemory& memory, size_t bytes, const at::Tensor& like, at::ScalarType dtype,
                       int64_t offset) {
   try {
-    auto impl = memory.make<c10::TensorImpl, c10::UndefinedTensorImpl>(c10::Storage(new_storage(memory, bytes)),
-                                                                       c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                                                       c10::scalarTypeToTypeMeta(dtype));
-    impl->set_sizes_and_strides(like.sizes(), like.strides(), offset);
-    return at::Tensor(std::move(impl));
+    return tensor_over(memory, c10::Storage(new_storage(memory, bytes)), dtype, like.sizes(), like.strides(), offset);
   } catch (const c10::Error&) {
     return {};
   } catch (const std::bad_alloc&) {
