@@ -21,6 +21,10 @@ pybind11::object cast_state(const pybind11::dict& saved_state, const pybind11::d
 bool copy_plain(const pybind11::list& dsts, const pybind11::list& srcs, const pybind11::function& leave);
 pybind11::list to_plain(const pybind11::list& tensors, const pybind11::object& dtype, bool copy);
 
+// torch_file.cpp
+pybind11::object read_torch_file(const std::string& path);
+pybind11::object file_range(const pybind11::object& tensor);
+
 // kernels.cpp
 void cast_buffer(const pybind11::buffer& src, const std::string& src_dtype, const pybind11::buffer& dst,
                  const std::string& dst_dtype, bool streaming);

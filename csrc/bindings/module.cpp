@@ -12,6 +12,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("rule_of"), py::arg("memo"), py::arg("state"), py::arg("audits"), py::arg("gives"));
   module.def("copy_plain", &fastopt::copy_plain, py::arg("dsts"), py::arg("srcs"), py::arg("leave"));
   module.def("to_plain", &fastopt::to_plain, py::arg("tensors"), py::arg("dtype"), py::arg("copy"));
+  module.def("read_torch_file", &fastopt::read_torch_file, py::arg("path"));
+  module.def("file_range", &fastopt::file_range, py::arg("tensor"));
   module.def("cast_buffer", &fastopt::cast_buffer, py::arg("src"), py::arg("src_dtype"), py::arg("dst"),
              py::arg("dst_dtype"), py::arg("streaming"));
   module.def("cpu_targets", &fastopt::cpu_targets);

@@ -87,3 +87,7 @@ def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list
         if result is None:
             results[index] = python.to_entry(index, tensors[index], options, copy)
     return results
+
+
+def read_torch_file(path: str | os.PathLike[str]) -> tuple[Any] | None:
+    return _C.read_torch_file(os.fsencode(path))
