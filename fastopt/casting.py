@@ -36,6 +36,7 @@ class Cast:
         copy: bool,
         policy: Policy | None = None,
         audit: bool = False,
+        reads_files: bool = False,
     ) -> None:
         self.groups: Sequence[Group] = optimizer.param_groups
         self.saved_groups = saved_groups
@@ -47,6 +48,8 @@ class Cast:
         self.rule_of = None if self.policy.is_reference else self.policy.rule
         self.audits = audit
         self.gives = False
+        # A hook may have changed what the mapping holds, and the file knows nothing of that.
+        self.reads_files = reads_files and not optimizer._optimizer_load_state_dict_pre_hooks
         self.report = LoadReport(self.backend.name, audit={} if audit else None)
 
     def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:
@@ -88,8 +91,8 @@ class Cast:
             else:
                 rule = self.policy.rule(state_key, is_step=isinstance(key, str) and key == "step")
                 result = self.to(value, rule.options(param, value, saved_id in self.hosted_on_device))
-            if self.audits and result.dtype != value.dtype and (seen := audited(value, result)):
-                self.report.add_audit(state_key, value.dtype, result.dtype, seen)
+            if self.audits and result.dtype != value.dtype:
+                self.report.add_audit(state_key, value.dtype, result.dtype, audited(value, result))
             return result
         except Exception as error:
             place = "a value without a key" if key is None else f"key {key!r}"

@@ -5,8 +5,10 @@ import math
 import os
 import pickle
 import pickletools
+import re
 import reprlib
 from bisect import bisect_right, insort
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,37 +171,34 @@ def check_extents(content: bytes) -> None:
         ValueError: an index or a length is too large, or the pickle ends within an opcode.
     """
     position, end = 0, len(content)
-    while position < end:
-        opcode = content[position]
+    while (position := FIXED_EXTENTS.match(content, position).end()) < end:  # type: ignore[union-attr]
+        code = content[position : position + 1]
         position += 1
-        extent = EXTENTS[opcode]
-        if extent < 0:  # a line of text, or as many bytes as a number before them says
-            if opcode == ord("p"):
-                extent = content.index(b"\n", position) + 1 - position
-                check_index(int(content[position : position + extent]), end)
-            elif extent == UP_TO_NEWLINE:
-                lines = 2 if opcode in b"ci" else 1
-                extent = 0
-                for _ in range(lines):
-                    extent = content.index(b"\n", position + extent) + 1 - position
-            else:
-                width = LENGTHS[extent]
-                extent = width + int.from_bytes(content[position : position + width], "little")
-        elif opcode == ord("r"):
-            check_index(int.from_bytes(content[position : position + 4], "little"), end)
-        elif opcode == ord("."):
+        if code == b".":
             return
-        position += extent
+        extent = OPCODES[code].n if code in OPCODES else 0
+        if code in b"pr":
+            check_index(content[position:], code, end)
+        if extent == pickletools.UP_TO_NEWLINE:
+            for _ in range(2 if code in b"ci" else 1):
+                position = content.index(b"\n", position) + 1
+        elif extent >= 0:
+            position += extent
+        else:
+            width = LENGTHS[extent]
+            position += width + int.from_bytes(content[position : position + width], "little")
     raise ValueError("it is cut short")
 
 
-def check_index(index: int, end: int) -> None:
-    """Raise if the index of an object is larger than there can be."""
+def check_index(content: bytes, code: bytes, end: int) -> None:
+    """Raise if an index, a line or four bytes, is larger than it can be."""
+    index = int(content[: content.index(b"\n")]) if code == b"p" else int.from_bytes(content[:4], "little")
     if not index < end:
         raise ValueError(f"it numbers an object {index}, in {end} bytes")
 
 
-UP_TO_NEWLINE = pickletools.UP_TO_NEWLINE
+OPCODES = {opcode.code.encode("latin-1"): opcode.arg for opcode in pickletools.opcodes if opcode.arg}
+"""Those that have an argument; its size `n` is negative where the argument itself says how large it is."""
 LENGTHS = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
     pickletools.TAKEN_FROM_ARGUMENT4: 4,
@@ -207,10 +206,21 @@ LENGTHS = {
     pickletools.TAKEN_FROM_ARGUMENT8U: 8,
 }
 """Bytes of the number that says how many there are."""
-EXTENTS = [0] * 256
-"""Bytes of each opcode's argument; negative where that depends on the argument."""
-for _opcode in pickletools.opcodes:
-    EXTENTS[ord(_opcode.code)] = _opcode.arg.n if _opcode.arg else 0
+
+
+def fixed_extents() -> re.Pattern[bytes]:
+    """All opcodes in a row whose size is no question, and short texts: with these, a pickle is scanned in no time."""
+    sizes: dict[int, bytes] = defaultdict(bytes)
+    for opcode in pickletools.opcodes:
+        size = opcode.arg.n if opcode.arg else 0
+        if size >= 0 and opcode.code not in ".r":
+            sizes[size] += re.escape(opcode.code.encode("latin-1"))
+    ways = [b"[%s].{%d}" % (codes, size) for size, codes in sorted(sizes.items())]
+    texts = b"|".join(b"%s.{%d}" % (re.escape(bytes([length])), length) for length in range(256))
+    return re.compile(b"(?:%s|\x8c(?:%s))*+" % (b"|".join(ways), texts), re.DOTALL)
+
+
+FIXED_EXTENTS = fixed_extents()
 
 DTYPES = tuple(value for value in vars(torch).values() if isinstance(value, torch.dtype))
 
