@@ -1,6 +1,7 @@
 """Damaged and malicious folders of torch.distributed.checkpoint: nothing runs, one error names file and entry."""
 
 import collections
+import contextlib
 import copy as copying
 import io
 import os
@@ -502,3 +503,24 @@ def test_bytes_of_another_machine(folder):
             new.writestr(record.filename, b"big" if record.filename.endswith("byteorder") else old.read(record))
     rewritten(folder, EXP_AVG, stream.getvalue())
     assert "its bytes are in another machine's order" in refused(folder)
+
+
+def test_a_large_entry_that_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = copying.deepcopy(TORCH_STATE_DICT(trained(adam())))
+    saved["large"] = (torch.zeros(30_000), "x" * 100_000)
+    torch_save(saved, tmp_path / "checkpoint")
+    place = place_of(metadata_of(tmp_path / "checkpoint"), "large")
+    content = bytearray((tmp_path / "checkpoint" / "__0_0.distcp").read_bytes())
+    for offset in range(place.length - 30, place.length):  # where the zip file says where its directory is
+        damaged = bytearray(content)
+        damaged[place.offset + offset] ^= 255
+        (tmp_path / "checkpoint" / "__0_0.distcp").write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            dcp_folder.read(tmp_path / "checkpoint")
+    damaged = bytearray(content)
+    damaged[place.offset : place.offset + place.length] = bytes(place.length)
+    (tmp_path / "checkpoint" / "__0_0.distcp").write_bytes(damaged)
+    assert "entry 'large', at bytes" in refused(tmp_path / "checkpoint")
+    rewritten(tmp_path / "checkpoint", "large", zipped((torch.zeros(30_000), Evil())))
+    assert "names builtins.exec" in refused(tmp_path / "checkpoint", pickle.UnpicklingError)

@@ -171,12 +171,13 @@ class Shard:
         known: dict[bytes, Result] | None = None,
     ) -> Result:
         """What `read` finds in the file that is at a place, or what is known of its bytes; errors name the entry."""
-        stream: Any = Window(self.descriptor, place.offset, place.length)
         if place.length <= SMALL:
-            content = stream.read()
+            content = os.pread(self.descriptor, place.length, place.offset)
             if known is not None and content in known:
                 return known[content]
-            stream = io.BytesIO(content)
+            stream: Any = io.BytesIO(content)
+        else:
+            stream = Window(self.descriptor, place.offset, place.length)
         where = f"{self.path}: entry {name!r}, at bytes {place.offset:,} to {place.offset + place.length:,},"
         try:
             if stream.read(4) != b"PK\x03\x04":  # torch would take it for a file of another kind
