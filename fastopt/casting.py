@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from fastopt.audit import AuditCount, audited
 from fastopt.backends import current, python
 from fastopt.backends.interface import Backend, Group, State
-from fastopt.chunked import ChunkedTensor
+from fastopt.chunked import ChunkedTensor, plain
 from fastopt.containers import is_leaf, rebuilt
 from fastopt.errors import describe_parameter, describe_tensor
 from fastopt.policy import Policy
@@ -92,7 +92,7 @@ class Cast:
                 rule = self.policy.rule(state_key, is_step=isinstance(key, str) and key == "step")
                 result = self.to(value, rule.options(param, value, saved_id in self.hosted_on_device))
             if self.audits and result.dtype != value.dtype:
-                self.report.add_audit(state_key, value.dtype, result.dtype, audited(value, result))
+                self.report.add_audit(state_key, value.dtype, result.dtype, audited(plain(value), result))
             return result
         except Exception as error:
             place = "a value without a key" if key is None else f"key {key!r}"

@@ -180,7 +180,8 @@ def load(
 
     Args:
         optimizer: the optimizer to fill.
-        path: a file with a state dict, or with a larger checkpoint that holds one. It must not be cut short meanwhile.
+        path: a file with a state dict, or with a larger checkpoint that holds one; or a folder of
+            torch.distributed.checkpoint. It must not be cut short meanwhile.
         key: where in the checkpoint the state dict is: `"optimizer"`, or a path of keys and indices as
             `"optimizer_states.0"`, which is Lightning's. None: the whole file is the state dict.
         transform: what is done to the state dict before it is loaded, as `lambda saved: fastopt.match(saved,

@@ -1,9 +1,14 @@
 """The `.metadata` of a torch.distributed.checkpoint folder: what it holds and where, read without running its code."""
 
+import io
 import math
 import os
 import pickle
+import pickletools
+import re
+import reprlib
 from bisect import bisect_right, insort
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,18 +94,16 @@ def read(folder: Path, allowed: Iterable[SafeGlobal] = ()) -> Index:
     """
     path = folder / NAME
     try:
-        file = open(path, "rb")  # noqa: SIM115
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is no checkpoint: {what_is_there(folder)}") from error
-    with file:
-        unpickler = Unpickler(file, allowed)
-        try:
-            metadata = unpickler.load()
-        except OSError:
-            raise
-        except Exception as error:  # pickle has many for what it cannot read
-            if not unpickler.forbidden:
-                raise CheckpointError(f"{path} is damaged: {error}") from error
+    unpickler = Unpickler(content, allowed)
+    try:
+        check_extents(content)
+        metadata = unpickler.load()
+    except Exception as error:  # pickle has many for what it cannot read
+        if not unpickler.forbidden:
+            raise CheckpointError(f"{path} is damaged: {error or type(error).__name__}") from error
     if unpickler.forbidden:
         raise pickle.UnpicklingError(
             f"{path} names {', '.join(sorted(unpickler.forbidden))}, which loading a checkpoint does not import; if "
@@ -130,8 +133,8 @@ class Unpickler(pickle.Unpickler):
     alone, and does nothing; what is read from its attributes is checked like any other data.
     """
 
-    def __init__(self, file: Any, allowed: Iterable[SafeGlobal]) -> None:
-        super().__init__(file)
+    def __init__(self, content: bytes, allowed: Iterable[SafeGlobal]) -> None:
+        super().__init__(io.BytesIO(content))
         self.records: dict[str, type] = {name: type(name, (), {}) for name in RECORDS}
         self.records[PROPERTIES] = stand_in(PROPERTIES)  # these are pickled as a tuple
         self.known: dict[str, Any] = {
@@ -158,6 +161,67 @@ class Unpickler(pickle.Unpickler):
         return stand_in(full_name)  # to go on, and find all of them
 
 
+def check_extents(content: bytes) -> None:
+    """Raise if a pickle asks for more memory than its size warrants.
+
+    The unpickler makes room for as many objects as an index says (opcodes PUT, LONG_BINPUT), and touches it: up to 64
+    GiB for one flipped bit. An index that is honest is less than the number of opcodes, and so less than their bytes.
+
+    Raises:
+        ValueError: an index or a length is too large, or the pickle ends within an opcode.
+    """
+    position, end = 0, len(content)
+    while (position := FIXED_EXTENTS.match(content, position).end()) < end:  # type: ignore[union-attr]
+        code = content[position : position + 1]
+        position += 1
+        if code == b".":
+            return
+        extent = OPCODES[code].n if code in OPCODES else 0
+        if code in b"pr":
+            check_index(content[position:], code, end)
+        if extent == pickletools.UP_TO_NEWLINE:
+            for _ in range(2 if code in b"ci" else 1):
+                position = content.index(b"\n", position) + 1
+        elif extent >= 0:
+            position += extent
+        else:
+            width = LENGTHS[extent]
+            position += width + int.from_bytes(content[position : position + width], "little")
+    raise ValueError("it is cut short")
+
+
+def check_index(content: bytes, code: bytes, end: int) -> None:
+    """Raise if an index, a line or four bytes, is larger than it can be."""
+    index = int(content[: content.index(b"\n")]) if code == b"p" else int.from_bytes(content[:4], "little")
+    if not index < end:
+        raise ValueError(f"it numbers an object {index}, in {end} bytes")
+
+
+OPCODES = {opcode.code.encode("latin-1"): opcode.arg for opcode in pickletools.opcodes if opcode.arg}
+"""Those that have an argument; its size `n` is negative where the argument itself says how large it is."""
+LENGTHS = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+"""Bytes of the number that says how many there are."""
+
+
+def fixed_extents() -> re.Pattern[bytes]:
+    """All opcodes in a row whose size is no question, and short texts: with these, a pickle is scanned in no time."""
+    sizes: dict[int, bytes] = defaultdict(bytes)
+    for opcode in pickletools.opcodes:
+        size = opcode.arg.n if opcode.arg else 0
+        if size >= 0 and opcode.code not in ".r":
+            sizes[size] += re.escape(opcode.code.encode("latin-1"))
+    ways = [b"[%s].{%d}" % (codes, size) for size, codes in sorted(sizes.items())]
+    texts = b"|".join(b"%s.{%d}" % (re.escape(bytes([length])), length) for length in range(256))
+    return re.compile(b"(?:%s|\x8c(?:%s))*+" % (b"|".join(ways), texts), re.DOTALL)
+
+
+FIXED_EXTENTS = fixed_extents()
+
 DTYPES = tuple(value for value in vars(torch).values() if isinstance(value, torch.dtype))
 
 
@@ -178,6 +242,14 @@ def named(allowed: SafeGlobal) -> tuple[str, Any]:
 
 
 # ---- what was unpickled ----
+
+
+def shown(value: Any) -> str:
+    """A value that may be anything, and of any size, as an error shows it."""
+    try:
+        return reprlib.repr(value)
+    except Exception:
+        return f"a {type(value).__name__}"
 
 
 class Reader:
@@ -210,7 +282,7 @@ class Reader:
     def counts(self, value: Any, where: str) -> tuple[int, ...]:
         """A tuple of numbers from zero up, as sizes are."""
         if not isinstance(value, tuple) or not all(type(item) is int and 0 <= item < 2**63 for item in value):
-            raise self.wrong(f"{where} are {str(value)[:100]}, not sizes")
+            raise self.wrong(f"{where} are {shown(value)}, not sizes")
         return value
 
 
@@ -253,7 +325,7 @@ def stored(
         files.add(file)
         if found.get("transform_descriptors"):
             raise CheckpointError(
-                f"{reader.path}: entry {name!r} was saved through extensions ({found['transform_descriptors']!r:.100}),"
+                f"{reader.path}: entry {name!r} was saved through extensions ({shown(found['transform_descriptors'])}),"
                 " which fastopt does not read"
             )
         offset, length = reader.counts((found.get("offset"), found.get("length")), where)
@@ -346,7 +418,7 @@ def key_paths(reader: Reader, planner_data: Any, names: Iterable[str]) -> Iterat
             del left[name]
             is_path = isinstance(path, tuple) and path and all(type(key) in (str, int) for key in path)
             if not is_path or len(path) > DEEPEST or type(path[0]) is not str:
-                raise reader.wrong(f"the path of entry {name!r} is {str(path)[:100]}")
+                raise reader.wrong(f"the path of entry {name!r} is {shown(path)}")
             yield name, path
     for name in left:
         yield name, (name,)

@@ -86,14 +86,18 @@ class Window(io.RawIOBase):
         return self.position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.position = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence] + offset
-        return self.position
+        position = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence] + offset
+        if position < 0:
+            raise ValueError("it points to before its beginning")
+        self.position = position
+        return position
 
     def readinto(self, buffer: Any) -> int:
         wanted = min(len(buffer), max(self.length - self.position, 0))
-        count = os.preadv(self.descriptor, [memoryview(buffer)[:wanted]], self.offset + self.position) if wanted else 0
-        self.position += count
-        return count
+        content = os.pread(self.descriptor, wanted, self.offset + self.position)
+        buffer[: len(content)] = content
+        self.position += len(content)
+        return len(content)
 
 
 class Shard:
@@ -167,24 +171,28 @@ class Shard:
         known: dict[bytes, Result] | None = None,
     ) -> Result:
         """What `read` finds in the file that is at a place, or what is known of its bytes; errors name the entry."""
-        stream: Any = Window(self.descriptor, place.offset, place.length)
         if place.length <= SMALL:
-            content = stream.read()
+            content = os.pread(self.descriptor, place.length, place.offset)
             if known is not None and content in known:
                 return known[content]
-            stream = io.BytesIO(content)
+            stream: Any = io.BytesIO(content)
+        else:
+            stream = Window(self.descriptor, place.offset, place.length)
         where = f"{self.path}: entry {name!r}, at bytes {place.offset:,} to {place.offset + place.length:,},"
         try:
+            if stream.read(4) != b"PK\x03\x04":  # torch would take it for a file of another kind
+                raise CheckpointError("it is no zip file")
+            stream.seek(0)
             result = read(stream)
+            if known is not None and place.length <= SMALL and is_constant(result):
+                known[content] = result
+            return result
         except pickle.UnpicklingError as error:
             raise refusal(where, stream, error) from error
         except OSError:
             raise
         except Exception as error:  # torch has many for what it cannot read
             raise CheckpointError(f"{where} is damaged: {first_line(error)}") from error
-        if known is not None and place.length <= SMALL and is_constant(result):
-            known[content] = result
-        return result
 
     def mapped(self, stream: Any, place: Place, dtype: torch.dtype, size: tuple[int, ...]) -> torch.Tensor:
         """The tensor in torch's zip file that lies at a place."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastopt.errors import CheckpointError
-from fastopt.files.dcp_metadata import DEEPEST, KeyPath
+from fastopt.files.dcp_metadata import DEEPEST, KeyPath, shown
 
 
 def leaves(content: Mapping[Any, Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
@@ -75,7 +75,7 @@ def finished(value: Any, path: KeyPath) -> Any:
     if not indices:
         return items
     if len(indices) < len(items) or sorted(indices) != list(range(len(indices))):
-        raise CheckpointError(f"the items of list {name_of(path)!r} are {str(list(items))[:100]}")
+        raise CheckpointError(f"the items of list {name_of(path)!r} are {shown(list(items))}")
     return [items[index] for index in range(len(items))]
 
 
