@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from fastopt.files.checksums import combined, memory_at
+from fastopt.files.writeback import begin_writeback
 
 Entry = tuple[int, torch.Tensor, torch.dtype]
 """Where in the file a tensor begins, in bytes; the tensor; the dtype that it has there."""
@@ -35,7 +36,8 @@ def write_tensors(fd: int, entries: Iterable[Entry]) -> list[int]:
 
     Bytes of the file between the entries stay what they are; a file that is too short grows. Entries that follow each
     other in the file without a gap are gathered, so many small ones are best given in the order of their offsets (and
-    the bytes between them as tensors of uint8). The file's position does not move. Nothing is synced.
+    the bytes between them as tensors of uint8). The file's position does not move. Nothing is synced,
+    but what is written begins its way to the disk at once.
 
     Args:
         fd: a file that is open for writing, and stays open.
@@ -204,6 +206,9 @@ def write_parts(fd: int, address: int, parts: list[_Part]) -> list[int]:
 
 def write_all(fd: int, memory: memoryview, offset: int) -> None:
     """Write all of the memory, however many calls that takes."""
+    begin, count = offset, len(memory)
     while memory:
         written = os.pwrite(fd, memory, offset)
         memory, offset = memory[written:], offset + written
+    if count >= SMALL:
+        begin_writeback(fd, begin, count)
