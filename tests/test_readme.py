@@ -32,7 +32,7 @@ def test_the_blocks_run_in_order(
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
     blocks = blocks_of(page, "python")
-    assert len(blocks) >= 10
+    assert len(blocks) >= (10 if page == README else 1)
     try:
         for number, block in enumerate(blocks, start=1):
             exec(compile(block, f"block {number} of {page.name}", "exec"), namespace)

@@ -205,6 +205,12 @@ def test_small_contents(path, content):
     Comparison().same(there_and_back(path, content), separate(content))
 
 
+def test_many_tensors_are_loaded_natively(path):
+    """The library's tensors are views, which the native walk leaves to the slow rules for what is not plain."""
+    content = there_and_back(path, {"a": torch.ones(3), "b": torch.ones(2, 3).t(), "c": torch.ones(3, 1, 1)[:, :, ::2]})
+    assert [tensor._base for tensor in content.values()] == [None] * 3
+
+
 # ---- memory ----
 
 LAZY = """

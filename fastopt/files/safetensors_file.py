@@ -253,7 +253,7 @@ def open_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str
     try:
         with library.safe_open(os.fsdecode(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118, as it is no mapping
-                tensors[name] = file.get_tensor(name).data  # the library's are views, which are no plain tensors
+                tensors[name] = file.get_tensor(name)
             return file.metadata() or {}, tensors
     except (OSError, MemoryError):
         raise
@@ -341,6 +341,7 @@ def restored(
         tensor = tensor.clone()  # others than `write` may leave them unaligned
     if strides is not None:
         tensor = with_strides(tensor, strides)
+    tensor = tensor.data  # no view, as the library's are, which the native walk would not take for plain tensors
     return tensor.requires_grad_() if requires_grad else tensor
 
 

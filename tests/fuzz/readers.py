@@ -53,7 +53,7 @@ def is_documented(error: Exception, kind: str) -> bool:
 
 
 def some_optimizer() -> Optimizer:
-    """What the files are loaded into, one after the other."""
+    """What files are loaded into, one after the other until one is loaded."""
     return trained(adam(amsgrad=True), seed=1)
 
 
@@ -88,6 +88,8 @@ def work(seed: int, seconds: float, culprit: Path) -> None:
             data = mutated(whole[kind], random_numbers.randrange(2**63))
             faulthandler.dump_traceback_later(HANG, exit=True)
             result = attempt(optimizer, culprit, data, kind, verify=random_numbers.random() < 0.5)
+            if result == "loaded":  # it holds whatever the file says, which may contain itself
+                optimizer = some_optimizer()
             counts[kind, result] = counts.get((kind, result), 0) + 1
     faulthandler.cancel_dump_traceback_later()
     culprit.unlink(missing_ok=True)

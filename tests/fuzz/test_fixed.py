@@ -14,10 +14,11 @@ FILES = 400
 @pytest.mark.parametrize("kind", readers.FORMATS)
 def test_damaged_files(backend, tmp_path, kind):
     whole = readers.whole_files(tmp_path)[kind]
-    optimizer, path = readers.some_optimizer(), tmp_path / "damaged"
-    results = [
-        readers.attempt(optimizer, path, mutated(whole, seed), kind, verify=bool(seed % 2)) for seed in range(FILES)
-    ]
+    optimizer, path, results = readers.some_optimizer(), tmp_path / "damaged", []
+    for seed in range(FILES):
+        results.append(readers.attempt(optimizer, path, mutated(whole, seed), kind, verify=bool(seed % 2)))
+        if results[-1] == "loaded":
+            optimizer = readers.some_optimizer()
     assert results.count("loaded") < FILES / 2
     assert readers.attempt(optimizer, path, whole, kind, verify=kind != "legacy") == "loaded"
 
