@@ -42,18 +42,19 @@ def verify(path: str | os.PathLike[str]) -> None:
             `torch.serialization.set_crc32_options(False)`; or it is damaged, and the text names the records and, where
             the rest of the file says it, the tensors that they belong to.
     """
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{os.fspath(path)} has no checksums: it is no zip file, or not a whole one")
-    try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
-            damaged = damaged_records(archive, file.fileno(), records)
-            damaged.sort(key=lambda record: record.header_offset)
-            offsets = [offset_of(file.fileno(), record) for record in damaged[:SHOWN]]
-    except OSError:
-        raise
-    except Exception as error:  # zipfile has many for what it cannot read
-        raise CheckpointError(f"{os.fspath(path)} is damaged: {error}") from error
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise CheckpointError(f"{os.fspath(path)} has no checksums: it is no zip file, or not a whole one")
+        try:
+            with zipfile.ZipFile(file) as archive:
+                records = archive.infolist()
+                damaged = damaged_records(archive, file.fileno(), records)
+                damaged.sort(key=lambda record: record.header_offset)
+                offsets = [offset_of(file.fileno(), record) for record in damaged[:SHOWN]]
+        except OSError:
+            raise
+        except Exception as error:  # zipfile has many for what it cannot read
+            raise CheckpointError(f"{os.fspath(path)} is damaged: {error}") from error
     if damaged and not any(record.CRC for record in records):
         raise CheckpointError(f"{os.fspath(path)} has no checksums: they were turned off when it was saved")
     if damaged:
@@ -97,7 +98,7 @@ Group = tuple[int, int, list[zipfile.ZipInfo]]
 def grouped(records: list[zipfile.ZipInfo], end: int) -> tuple[list[Group], list[zipfile.ZipInfo]]:
     """Small records that are read together, and the large ones; `end` is where the directory of the file begins."""
     records = sorted(records, key=lambda record: record.header_offset)
-    limits = [record.header_offset for record in records[1:]] + [end]
+    limits = [*(record.header_offset for record in records[1:]), end][: len(records)]
     groups: list[Group] = []
     large = []
     for record, limit in zip(records, limits, strict=True):
@@ -153,7 +154,7 @@ def data_start(record: zipfile.ZipInfo, header: bytes | memoryview) -> int:
 
 def read_all(fd: int, offset: int, count: int) -> bytes:
     """A part of a file."""
-    data = os.pread(fd, count, offset)
+    data = os.pread(fd, count, offset) if offset >= 0 else b""
     while 0 < len(data) < count and (more := os.pread(fd, count - len(data), offset + len(data))):
         data += more
     if len(data) != count:

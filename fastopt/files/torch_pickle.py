@@ -60,7 +60,7 @@ def records_of(content: Any, dtypes: Mapping[int, torch.dtype]) -> list[Record]:
             dtype = dtypes.get(id(value))
             if dtype is not None and dtype is not value.dtype:
                 return reduced_as(value, dtype)
-            return NotImplemented if value.device.type == "cpu" else reduced(value, stand_ins)
+            return reduced(value, stand_ins) if is_elsewhere(value) else NotImplemented
 
     pickling = SimpleNamespace(Pickler=Pickler)
     torch.serialization._save(content, kept, pickling, PROTOCOL, False)  # type: ignore[no-untyped-call]
@@ -123,6 +123,11 @@ class _UntypedStandIn(_TypedStandIn):
 
     def _pickle_storage_type(self) -> str:
         return "UntypedStorage"
+
+
+def is_elsewhere(tensor: Tensor) -> bool:
+    """Whether torch would bring the storage of a tensor to the CPU, to write it."""
+    return tensor.device.type != "cpu"
 
 
 def reduced(tensor: Tensor, stand_ins: dict[int, _StandIn]) -> tuple[Any, ...]:
