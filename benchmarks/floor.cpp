@@ -62,12 +62,18 @@ void fence() {}
 
 #endif
 
-// Reads `kSrc` registers and writes `kDst`, over and over: a ratio of element sizes.
+// Reads `kSrc` registers and writes `kDst`, over and over: a ratio of element sizes. What it reads is fetched ahead into
+// the second level of cache, by what was found to be fastest.
+constexpr int64_t kAhead = 4 << 10;
+
 template <int kSrc, int kDst>
 void move_ratio(const char* src, char* dst, int64_t dst_bytes) {
   constexpr int64_t kStep = 32 * kDst;
   int64_t done = 0;
   for (; done + kStep <= dst_bytes; done += kStep, src += 32 * kSrc) {
+    for (int i = 0; i < kSrc; i += 2) {
+      __builtin_prefetch(src + 32 * i + kAhead, 0, 2);
+    }
     Register bits[kSrc];
     for (int i = 0; i < kSrc; ++i) {
       bits[i] = load(src + 32 * i);
