@@ -1,5 +1,6 @@
 """What casts do to values: what overflows, what vanishes, and how much is rounded away."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
@@ -40,25 +41,40 @@ class AuditCount:
 
 
 def audited(source: torch.Tensor, result: torch.Tensor) -> AuditCount | None:
-    """What a cast has done; None where it is not of real numbers in memory that can be looked at."""
+    """What a cast has done; None where it is not of real numbers in memory that can be looked at.
+
+    Of a DTensor, each process looks at its own part.
+    """
+    source, result = local(source), local(result)
     if not (is_readable(source) and is_readable(result) and result.is_floating_point()):
         return None
     total = AuditCount()
+    device = result.device if result.is_cuda else torch.device("cpu")  # others may not have float64
     with torch.no_grad():
-        for before, after in zip(chunks(source), chunks(result), strict=True):
+        for before, after in zip(chunks(source, device), chunks(result, device), strict=True):
             total.add(audited_chunk(before, after, smallest_normal(source.dtype), smallest_normal(result.dtype)))
     return total
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What a DTensor holds in this process; any other tensor itself."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(tensor, distributed.DTensor):
+        return tensor.to_local()  # type: ignore[no-any-return]
+    return tensor
+
+
 def is_readable(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds real numbers, one after the other."""
-    return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_complex() or tensor.is_quantized)
+    """Whether a tensor holds real numbers, and nothing but them: a subclass has its own ideas of what they mean."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+        return False
+    return not (tensor.is_meta or tensor.is_complex() or tensor.is_quantized)
 
 
-def chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The elements in order, some at a time, in float64 on the CPU."""
-    for part in torch.split(tensor.detach().reshape(-1), CHUNK):
-        yield part.to(device="cpu").to(torch.float64)
+def chunks(tensor: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:
+    """The elements in order, some at a time, in float64 on a device; nothing where there are none."""
+    for part in torch.split(tensor.detach().reshape(-1), CHUNK) if tensor.numel() else ():
+        yield part.to(device=device).to(torch.float64)
 
 
 def smallest_normal(dtype: torch.dtype) -> float:
@@ -69,19 +85,15 @@ def smallest_normal(dtype: torch.dtype) -> float:
 def audited_chunk(before: torch.Tensor, after: torch.Tensor, normal: float, new_normal: float) -> AuditCount:
     """The same of values in float64; `normal` and `new_normal` are the smallest normal numbers of the two dtypes."""
     was, now = before.abs(), after.abs()
+    counted = {
+        "overflowed": was.isfinite() & now.isinf(),
+        "underflowed": (was != 0) & (now == 0),
+        "subnormal": (now != 0) & (now < new_normal) & (was >= normal),
+        "nan": was.isnan(),
+        "inf": was.isinf(),
+    }
     rounded = was.isfinite() & now.isfinite() & (now != 0)
-    errors = ((before - after).abs() / was)[rounded]
-    return AuditCount(
-        values=before.numel(),
-        overflowed=count(was.isfinite() & now.isinf()),
-        underflowed=count((was != 0) & (now == 0)),
-        subnormal=count((now != 0) & (now < new_normal) & (was >= normal)),
-        nan=count(was.isnan()),
-        inf=count(was.isinf()),
-        largest_error=errors.max().item() if errors.numel() else 0.0,
-    )
-
-
-def count(mask: torch.Tensor) -> int:
-    """How many are True."""
-    return int(mask.count_nonzero())
+    error = torch.where(rounded, (before - after).abs() / was, 0.0).amax()
+    # All at once, as each number that a GPU is asked for is waited for; float64 has all integers up to 2**53.
+    *counts, largest_error = torch.stack([*(mask.sum().double() for mask in counted.values()), error]).tolist()
+    return AuditCount(before.numel(), **dict(zip(counted, map(int, counts), strict=True)), largest_error=largest_error)

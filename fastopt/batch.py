@@ -35,7 +35,7 @@ def copy_(dsts: Iterable[torch.Tensor], srcs: Iterable[torch.Tensor], *, non_blo
     listed_dsts, listed_srcs = list(dsts), list(srcs)
     if len(listed_dsts) != len(listed_srcs):
         raise ValueError(f"copy_: {len(listed_dsts)} destinations and {len(listed_srcs)} sources")
-    current().copy_(listed_dsts, listed_srcs, non_blocking)
+    current().copy_(listed_dsts, listed_srcs, non_blocking, begun=[])
 
 
 def to(

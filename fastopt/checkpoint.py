@@ -3,19 +3,24 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch.optim import Optimizer
 
+from fastopt.background import in_background, in_turn, raise_unasked
 from fastopt.files import formats
 from fastopt.files.torch_file import SafeGlobal
+from fastopt.flattened import is_flattened, unflattened
 from fastopt.inspection.places import places
-from fastopt.policy import Devices, DTypes
+from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import CastCount, LoadReport
-from fastopt.saving import with_dtypes
-from fastopt.state_dict import StateDict, load_state_dict, state_dict
+from fastopt.saving import DTypesById, with_dtypes
+from fastopt.snapshot import snapshot
+from fastopt.state_dict import StateDict, cast_by, load_checked, state_dict
 from fastopt.text import counted, dtype_name, duration, listed, size, some
 
 DEPTH = 3
@@ -49,37 +54,101 @@ class SaveReport:
         return "\n".join(lines)
 
 
-def save(optimizer: Optimizer, path: str | os.PathLike[str], *, dtype: DTypes | None = None) -> SaveReport:
+@overload
+def save(
+    optimizer: Optimizer,
+    path: str | os.PathLike[str],
+    *,
+    dtype: DTypes | None = None,
+    background: Literal[False] = False,
+) -> SaveReport: ...
+
+
+@overload
+def save(
+    optimizer: Optimizer, path: str | os.PathLike[str], *, dtype: DTypes | None = None, background: Literal[True]
+) -> Future[SaveReport]: ...
+
+
+def save(
+    optimizer: Optimizer, path: str | os.PathLike[str], *, dtype: DTypes | None = None, background: bool = False
+) -> SaveReport | Future[SaveReport]:
     """Write the state of an optimizer to a file.
 
     A name that ends with `.safetensors` makes it one of the safetensors library (docs/formats.md); any other, one that
     `torch.load(path, weights_only=True)` reads. An existing file is replaced at once and as a whole, and is on the disk
-    when this returns: after a crash or a loss of power at any moment the old file or the new one is there, whole. The
+    when this is done: after a crash or a loss of power at any moment the old file or the new one is there, whole. The
     hooks of saving run.
 
     Args:
-        optimizer: the optimizer; its state must not change meanwhile.
+        optimizer: the optimizer; its state must not change meanwhile, unless it is saved in the background.
         path: the file.
         dtype: a floating dtype for the saved copy of floating state other than `step`; None keeps the dtypes. Or a dict
             by key, as the `policy` of `load_state_dict`; keys that it does not fit keep theirs. Tensors are cast piece
             by piece as they are written.
+        background: whether to write in a thread, and to return as soon as there is a `snapshot` of the state in the
+            CPU's memory, which takes as long as copying it. One optimizer has at most one such copy: where its previous
+            save in the background is not done, this one waits for it first. Those of several optimizers are written one
+            after the other. Saves to one path are done in the order in which they were asked for, whichever kind they
+            are. At exit, saves that are under way are finished; an interruption ends that.
+
+    Returns:
+        The report; with `background` a Future whose result it is, and whose `result()` raises the errors of writing.
 
     Raises:
         OSError: the file cannot be written.
         TypeError, ValueError: the state holds something that has no place in the format, and the text says where; or
             `dtype` makes no policy.
+        BackgroundSaveError: an earlier save in the background, to whatever path, has failed, and nobody has asked its
+            Future; this save is done all the same, or goes on in the background. Where no other save follows, the error
+            is written to stderr at exit, and the exit code is 120.
 
-    After any error an existing file is as it was.
+    After any error of this save an existing file is as it was.
     """
+    if background:
+        future = in_background(optimizer, path, partial(copied, optimizer, dtype), partial(write_ready, path))
+        raise_unasked(f"the save to {os.fspath(path)} goes on in the background", future)
+        return future
+    with in_turn(path):
+        report = write_ready(path, ready(optimizer, dtype))
+    raise_unasked(f"the save to {os.fspath(path)} is done")
+    return report
+
+
+class Ready(NamedTuple):
+    """What is to be written."""
+
+    started: float
+    saved: StateDict
+    dtypes: DTypesById | None
+    """Those that tensors get while they are written."""
+    report: LoadReport
+    """The casts that are done, or are to be done then."""
+
+
+def ready(optimizer: Optimizer, dtype: DTypes | None) -> Ready:
+    """The live state of an optimizer."""
     started = time.perf_counter()
     saved = state_dict(optimizer)
-    dtypes, done = None, LoadReport("")
-    if dtype is not None:
-        saved, dtypes, done = with_dtypes(optimizer, saved, dtype)
-    formats.write(path, saved, dtypes)
-    tensors = count_tensors(saved["state"])
-    seconds = time.perf_counter() - started
-    return SaveReport(os.fspath(path), tensors, os.path.getsize(path), seconds, done.casts, done.unused_patterns)
+    if dtype is None:
+        return Ready(started, saved, None, LoadReport(""))
+    return Ready(started, *with_dtypes(optimizer, saved, dtype))
+
+
+def copied(optimizer: Optimizer, dtype: DTypes | None) -> Ready:
+    """A copy of the state of an optimizer, cast already, as that takes less memory and no more time."""
+    started = time.perf_counter()
+    taken = snapshot(optimizer, dtype=dtype)
+    return Ready(started, taken.state_dict(), None, taken.report)
+
+
+def write_ready(path: str | os.PathLike[str], what: Ready) -> SaveReport:
+    """Write what is to be written."""
+    formats.write(path, what.saved, what.dtypes)
+    seconds = time.perf_counter() - what.started
+    casts = {pair: count for pair, count in what.report.casts.items() if pair[0] != pair[1]}
+    tensors = count_tensors(what.saved["state"])
+    return SaveReport(os.fspath(path), tensors, formats.size_of(path), seconds, casts, what.report.unused_patterns)
 
 
 def count_tensors(value: Any) -> int:
@@ -141,8 +210,11 @@ def load(
     if transform is not None:
         saved = transform(saved)
     try:
-        report = load_state_dict(
-            optimizer, saved, copy=True, policy=policy, device=device, inplace=inplace, audit=audit
+        fresh = transform is None  # else what is in memory may be another state than what is in the file
+        report = load_checked(
+            optimizer,
+            saved,
+            lambda: cast_by(saved, True, Policy(policy, device), inplace, False, audit, reads_files=fresh),
         )
     except Exception as error:
         error.add_note(f"while loading {os.fspath(path)}")
@@ -165,6 +237,8 @@ def read_state_dict(
     """
     content = formats.read(path, safe_globals, verify)
     found = content if key is None else value_at(content, key)
+    if is_flattened(found):
+        found = unflattened(found)
     if not is_state_dict(found):
         there = (
             f"{os.fspath(path)} is no state dict" if key is None else f"{os.fspath(path)} has no state dict at {key!r}"

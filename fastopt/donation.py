@@ -1,7 +1,9 @@
 """Loading a state that is given away: what is cast is released at once, and needs no memory twice."""
 
+import sys
+import weakref
 from collections import defaultdict
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ class CastDonated(Cast):
         super().__init__(optimizer, saved_groups, copy=False, policy=policy, audit=audit)
         self.given = given
         self.gives = True
+        self.ours: set[int] = set()
 
     def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:
         """The new state; the saved one is empty then, and so is the dict that was given.
@@ -43,8 +46,15 @@ class CastDonated(Cast):
         self.given.clear()  # a dict without its state must not be taken for one
         state: State = defaultdict(dict)
         for portion in portions(saved_state):
+            self.ours = nobody_elses(portion)
             state.update(super().cast_state(portion, params))
         return state
+
+    def __call__(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None, state_key: Any = None) -> Any:
+        """As of any load; but the tensors of a dict that only we hold leave it one by one, to be released when cast."""
+        if id(value) not in self.ours:
+            return super().__call__(param, value, saved_id, key, state_key)
+        return {k: self(param, value.pop(k) if is_done(value[k]) else value[k], saved_id, k, k) for k in list(value)}
 
 
 def portions(saved_state: MutableMapping[Any, Any]) -> Iterator[dict[Any, Any]]:
@@ -59,3 +69,23 @@ def portions(saved_state: MutableMapping[Any, Any]) -> Iterator[dict[Any, Any]]:
             portion, size = {}, 0
     if portion:
         yield portion
+
+
+def is_done(value: Any) -> bool:
+    """Whether nothing can want a value again once it is cast: a tensor, without weak references."""
+    return isinstance(value, torch.Tensor) and not weakref.getweakrefcount(value)
+
+
+def nobody_elses(entries: Mapping[Any, Any]) -> set[int]:
+    """The identities of those dicts among a dict's values that are referred to from nowhere else."""
+    return {id(entry) for entry in entries.values() if type(entry) is dict and sys.getrefcount(entry) == REFERENCES}
+
+
+def references_to_ours() -> int:
+    """References to such a dict, as `nobody_elses` counts them; how many is the interpreter's affair."""
+    entries: dict[int, dict[Any, Any]] = {0: {}}
+    [count] = {sys.getrefcount(entry) for entry in entries.values()}
+    return count
+
+
+REFERENCES = references_to_ours()

@@ -20,6 +20,10 @@ class OverlapError(ValueError):
         self.entries = entries
 
 
+class BackgroundSaveError(RuntimeError):
+    """An earlier save in the background failed, and nobody asked its Future. The cause is what went wrong."""
+
+
 class CheckpointError(ValueError):
     """What was read is no checkpoint, or a damaged one; the text names the file and the entry."""
 

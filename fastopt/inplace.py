@@ -12,6 +12,7 @@ from fastopt.backends.interface import Group
 from fastopt.casting import Cast
 from fastopt.containers import is_leaf, rebuilt
 from fastopt.errors import OverlapError, describe_parameter, describe_tensor
+from fastopt.text import counted, ranges
 
 
 class Place(NamedTuple):
@@ -49,7 +50,9 @@ class CastInPlace(Cast):
         self.saved: list[torch.Tensor] = []
         self.places: list[tuple[torch.Tensor, Any, str]] = []
         """Parameter, saved id and place within the state of each."""
-        self.is_writing = False
+        self.begun: list[list[int]] = []
+        """Those that have been written, by their place in the lists above; the last of these perhaps in part."""
+        self.is_filled = False
         self.partners: dict[int, torch.Tensor] = {}
         """The saved tensor of each held one, by its identity."""
 
@@ -128,21 +131,33 @@ class CastInPlace(Cast):
         for held, saved in zip(self.held, self.saved, strict=True):
             self.count_tensor(saved, held, copied=False)
         self.report.filled = len(self.held)
-        self.is_writing = True
         try:
             with torch.no_grad():
-                current().copy_(self.held, self.saved, False)
+                current().copy_(self.held, self.saved, False, self.begun)
+            self.is_filled = True
         except OverlapError as error:
-            self.is_writing = False
             for entry in error.entries:
                 param, saved_id, place = self.places[entry]
                 error.add_note(f"entry {entry}: {place} of {describe_parameter(param, saved_id, self.groups)}")
             raise
 
     def note_failure(self, error: BaseException) -> None:
-        """Say that bytes cannot be taken back, if any may have been written."""
-        if self.is_writing:
-            error.add_note(
-                "inplace: the state tensors that the optimizer holds may have been filled, all or some of them; "
-                "all else of the optimizer is as it was"
-            )
+        """Say which bytes cannot be taken back, if any were written."""
+        if not self.begun:
+            return
+        whole = chain.from_iterable(self.begun if self.is_filled else self.begun[:-1])
+        parts = [f"filled: {self.described(whole)}"]
+        if not self.is_filled:
+            parts.append(f"filled in part, wholly or not at all: {self.described(self.begun[-1])}")
+        tensors = counted(len(self.held), "state tensor")
+        error.add_note(f"inplace: of {tensors}, {'; '.join(parts)}. All else of the optimizer is as it was")
+
+    def described(self, entries: Iterable[int]) -> str:
+        """Places, each with the indices of its parameters; all of them, so that no byte is in doubt."""
+        params = (param for group in self.groups for param in group["params"])
+        index_of = {id(param): index for index, param in enumerate(params)}
+        indices: dict[str, list[int]] = {}
+        for entry in entries:
+            param, _, place = self.places[entry]
+            indices.setdefault(place, []).append(index_of[id(param)])
+        return ", ".join(f"{p} of parameter {ranges(sorted(found))}" for p, found in indices.items()) or "none"

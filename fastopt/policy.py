@@ -105,7 +105,10 @@ def saving_policy(dtype: DTypes | None, device: str | int | torch.device = "keep
     """
     dtypes: Mapping[str, str | torch.dtype]
     dtypes = dtype if isinstance(dtype, Mapping) else {"*": "keep" if dtype is None else dtype}
-    return Policy({"step": "keep", **dtypes, "*": dtypes.get("*", "keep")}, {"*": device, "step": device})
+    policy = Policy({"step": "keep", **dtypes, "*": dtypes.get("*", "keep")}, {"*": device, "step": device})
+    if "step" not in dtypes:
+        policy.used.add("step")  # nobody has misspelled it
+    return policy
 
 
 def by_pattern(option: str, given: Any, checked: Callable[[str, Any], Any]) -> dict[str, Any]:

@@ -51,6 +51,8 @@ class LoadReport:
     """Saved id and place of each tensor that `inplace="auto"` could not fill, and put a new one there."""
     audit: dict[tuple[Any, torch.dtype, torch.dtype], AuditCount] | None = None
     """What casts did to values, as `audit=True` asks: by state key, saved and final dtype."""
+    unaudited: int = 0
+    """Tensors that `audit=True` could not look at: complex, sparse, on the meta device, of classes of their own."""
     recast: bool = False
     """Whether the state was the optimizer's own, as in `to_device` and `cast_state`."""
     emptied: int = 0
@@ -78,9 +80,11 @@ class LoadReport:
         count.bytes_read += read
         count.bytes_written += written
 
-    def add_audit(self, state_key: Any, source: torch.dtype, target: torch.dtype, seen: AuditCount) -> None:
-        """Counts values that were cast."""
-        if self.audit is not None:
+    def add_audit(self, state_key: Any, source: torch.dtype, target: torch.dtype, seen: AuditCount | None) -> None:
+        """Counts values that were cast; None: a tensor that could not be looked at."""
+        if seen is None:
+            self.unaudited += 1
+        elif self.audit is not None:
             self.audit.setdefault((state_key, source, target), AuditCount()).add(seen)
 
     def __str__(self) -> str:
@@ -117,6 +121,8 @@ class LoadReport:
             lines.append(f"  values lost to parameters on the meta device: {counted(self.emptied, 'tensor')}")
         for (state_key, source, target), seen in (self.audit or {}).items():
             lines += _audit_lines(state_key, f"{dtype_name(source)} to {dtype_name(target)}", seen)
+        if self.unaudited:
+            lines.append(f"  not audited, as not plain real numbers: {counted(self.unaudited, 'tensor')}")
         return "\n".join(lines)
 
 

@@ -29,7 +29,8 @@ class Snapshot:
         self._optimizer = optimizer
         self._copied = copied
         self._origins = origins
-        self._report = report
+        self.report = report
+        """What was copied, and cast."""
 
     def state_dict(self) -> StateDict:
         """Return the state in the form of `torch.optim.Optimizer.state_dict`.
@@ -68,8 +69,8 @@ class Snapshot:
         torch_file.write(path, self._copied)
 
     def __repr__(self) -> str:
-        name, size = type(self._optimizer).__name__, self._report.bytes_written
-        return f"<fastopt.Snapshot of {name}: {self._report.tensors:,} tensors, {size / 1e6:,.1f} MB>"
+        name, size = type(self._optimizer).__name__, self.report.bytes_written
+        return f"<fastopt.Snapshot of {name}: {self.report.tensors:,} tensors, {size / 1e6:,.1f} MB>"
 
 
 def snapshot(
@@ -98,6 +99,7 @@ def snapshot(
         params = id_map(saved_groups, optimizer.param_groups)
         cast = Cast(optimizer, saved_groups, copy=True, policy=policy)
         state = cast.cast_state(live["state"], params)
+        cast.report.unused_patterns = policy.unused()
         copied = {key: value if key in ("state", "param_groups") else cast.keep(value) for key, value in live.items()}
         copied["state"] = {index: state[params.get(index, index)] for index in live["state"]}
         copied["param_groups"] = saved_groups

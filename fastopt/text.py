@@ -49,6 +49,17 @@ def listed(shown: Sequence[str], count: int) -> str:
     return text if count <= len(shown) else f"{text} and {count - len(shown):,} more"
 
 
+def ranges(numbers: Sequence[int]) -> str:
+    """All of some numbers in rising order, neighbours together: `0-3, 7`."""
+    ends: list[list[int]] = []
+    for number in numbers:
+        if ends and number == ends[-1][1] + 1:
+            ends[-1][1] = number
+        else:
+            ends.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """A table's lines: its columns are as wide as they need; rows may lack their last cells."""
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(max(map(len, rows)))]

@@ -1,6 +1,7 @@
 """What the tests of `load_state_dict()` share: state dicts, values of all kinds, and a load of twins."""
 
 import dataclasses
+import re
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 
@@ -9,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import fastopt
-from tests.oracle import Bare, assert_same_load, fingerprint, parameter, torch_load
+from tests.oracle import Bare, assert_same_load, bits, fingerprint, parameter, torch_load
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Point = namedtuple("Point", "x y")
@@ -88,6 +89,55 @@ def values():
         "complex": {"c": tensor(3, 4, dtype=torch.complex64)},
         "numbers in a Counter": Counter(a=1, b=2),
     }
+
+
+NOTE = re.compile(
+    r"inplace: of (\d+) state tensors?, filled: (.*?)(?:; filled in part, wholly or not at all: (.*))?"
+    r"\. All else of the optimizer is as it was"
+)
+
+
+def places_in(text):
+    """(place, index of the parameter) of all that a part of a note names."""
+    found = set()
+    for place, numbers in re.findall(r"(state\S*) of parameter ([-\d, ]*\d)", text or ""):
+        for span in numbers.split(", "):
+            first, _, last = span.partition("-")
+            found |= {(place, index) for index in range(int(first), int(last or first) + 1)}
+    return found
+
+
+def held_tensors(optimizer):
+    """The tensors of states that are flat dicts, by place and index of the parameter."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return {
+        (f"state[{key!r}]", index): value
+        for index, param in enumerate(params)
+        for key, value in optimizer.state.get(param, {}).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def assert_filled_as_the_note_says(error, optimizer, twin, state_dict):
+    """After a failed load in place: what the note names is filled, all else is that of a twin that was not loaded."""
+    [note] = [note for note in error.__notes__ if note.startswith("inplace: ")]
+    count, filled, in_doubt = NOTE.fullmatch(note).groups()
+    filled, in_doubt = places_in(filled), places_in(in_doubt)
+    held, before = held_tensors(optimizer), held_tensors(twin)
+    assert int(count) == len(held)
+    assert filled | in_doubt
+    assert not filled & in_doubt
+    assert filled | in_doubt <= held.keys()
+    for (place, index), tensor in held.items():
+        if (place, index) in filled:
+            assert bits(tensor).tobytes() == bits(state_dict["state"][index][place[7:-2]].to(tensor.dtype)).tobytes()
+        elif (place, index) not in in_doubt:
+            assert bits(tensor).tobytes() == bits(before[place, index]).tobytes(), (place, index)
+    groups = [
+        [{key: value for key, value in group.items() if key != "params"} for group in one.param_groups]
+        for one in (optimizer, twin)
+    ]
+    assert groups[0] == groups[1]
 
 
 class FunctionLog(TorchFunctionMode):

@@ -5,6 +5,10 @@ import math
 import numpy
 import pytest
 import torch
+import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend "fake"
 
 import fastopt
 from fastopt import audit as auditing
@@ -15,6 +19,23 @@ from tests.oracle import Bare, assert_same_load, fingerprint, parameter
 pytestmark = pytest.mark.usefixtures("backend")
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+ONE = saved({0: {"m": torch.ones(3)}})
+
+
+class Odd(torch.Tensor):
+    """What its numbers mean is its own affair, and it can only be cast."""
+
+    @classmethod
+    def of(cls, size):
+        return torch.ones(size).as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.reshape, torch.split):
+            raise NotImplementedError(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
 PAIRS = [(source, target) for source in FLOATING for target in FLOATING if source != target]
 
 
@@ -101,9 +122,45 @@ def test_what_has_no_kernel(value):
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex values")
-def test_what_cannot_be_looked_at_is_loaded_all_the_same():
-    assert audit_of(tensor(3, dtype=torch.complex64), BF16) == {}
-    assert audit_of(torch.eye(3).to_sparse(), BF16) == {}
+@pytest.mark.parametrize("value", [tensor(3, dtype=torch.complex64), torch.eye(3).to_sparse(), Odd.of(5)], ids=str)
+def test_what_cannot_be_looked_at_is_loaded_all_the_same_and_counted(value):
+    optimizer = Bare([parameter(3, dtype=BF16)])
+    state_dict = saved({0: {"m": value, "n": torch.ones(3)}})
+    report = fastopt.load_state_dict(optimizer, state_dict, copy=False, audit=True)
+    assert {key for key, _, _ in report.audit} == {"n"}
+    assert report.unaudited == 1
+    assert "  not audited, as not plain real numbers: 1 tensor" in str(report).splitlines()
+    assert next(iter(optimizer.state.values()))["m"].dtype is BF16
+
+
+def test_on_a_device_without_values_there_is_nothing_to_look_at():
+    report = fastopt.load_state_dict(
+        Bare([torch.nn.Parameter(torch.ones(3, dtype=BF16, device="meta"))]), ONE, audit=True
+    )
+    assert (report.audit, report.unaudited, report.emptied) == ({}, 1, 1)
+
+
+def test_under_the_fake_mode_there_is_nothing_to_look_at():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state_dict = saved({0: {"m": torch.ones(3)}})
+        report = fastopt.load_state_dict(Bare([parameter(3, dtype=BF16)]), state_dict, copy=False, audit=True)
+    assert (report.audit, report.unaudited) == ({}, 1)
+
+
+def test_of_a_distributed_tensor_each_process_looks_at_its_part():
+    dist.init_process_group("fake", rank=1, world_size=4)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (4,))
+        param = torch.nn.Parameter(DTensor.from_local(torch.zeros(3, dtype=F16), mesh, [Shard(0)]))
+        part = torch.tensor([1.0, 1e-30, 1e30])
+        optimizer = Bare([param])
+        report = fastopt.load_state_dict(
+            optimizer, saved({0: {"m": DTensor.from_local(part, mesh, [Shard(0)])}}), audit=True
+        )
+        assert_same_audit(report.audit["m", F32, F16], expected(part, F16))
+        assert optimizer.state[param]["m"].dtype is F16
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])

@@ -120,52 +120,6 @@ def test_what_fails_later_leaves_the_optimizer_and_an_empty_dict():
     assert state_dict == {}
 
 
-# ---- Which options go together ----
-
-OPTIONS = {
-    "copy": {"copy": False},
-    "policy": {"policy": {"m": BF16}},
-    "device": {"device": {"m": "keep"}},
-    "inplace": {"inplace": True},
-    "auto": {"inplace": "auto"},
-    "donate": {"donate": True},
-    "audit": {"audit": True},
-}
-APART = {
-    ("inplace", "policy"),
-    ("device", "inplace"),
-    ("auto", "policy"),
-    ("auto", "device"),
-    ("donate", "inplace"),
-    ("auto", "donate"),
-    ("audit", "inplace"),
-    ("audit", "auto"),
-}
-PAIRS = [(a, b) for a in OPTIONS for b in OPTIONS if a < b and {a, b} != {"inplace", "auto"}]
-
-
-@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
-def test_every_pair_of_options_works_or_is_refused(pair):
-    param = parameter(3, dtype=torch.float16)
-    optimizer = Bare([param])
-    held = torch.zeros(3)
-    optimizer.state[param] = {"m": held}
-    state_dict, options = saved({0: {"m": torch.full((3,), 1 / 3)}}), OPTIONS[pair[0]] | OPTIONS[pair[1]]
-    if pair in APART:
-        before = fingerprint(optimizer)
-        with pytest.raises(ValueError, match=r"^(inplace|donate|audit): "):
-            fastopt.load_state_dict(optimizer, state_dict, **options)
-        assert fingerprint(optimizer) == before
-        assert len(state_dict) == 2
-        return
-    fastopt.load_state_dict(optimizer, state_dict, **options)
-    loaded = optimizer.state[param]["m"]
-    assert (loaded is held) == ("inplace" in options)
-    assert loaded.dtype == (BF16 if "policy" in options else F32 if "inplace" in options else torch.float16)
-    assert torch.equal(loaded, torch.full((3,), 1 / 3).to(loaded.dtype))
-    assert (state_dict == {}) == ("donate" in options)
-
-
 # ---- what somebody else can still read ----
 
 LARGE = 16 * 2**20  # elements: large enough to be released in parts

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 import fastopt
 
+from .loads import assert_filled_as_the_note_says
 from .oracle import Bare, adam, assert_nothing_shared, fingerprint, leaves, parameter, torch_load, trained
 
 SHAPES = ((3, 4), (), (0,), (5,))
@@ -200,6 +201,67 @@ def test_version_counters_move(backend):
     before = [tensor._version for tensor in tensors(optimizer)]
     fastopt.load_state_dict(optimizer, copy.deepcopy(optimizer.state_dict()), inplace=True)
     assert all(tensor._version > version for tensor, version in zip(tensors(optimizer), before, strict=True))
+
+
+# ---- what cannot be taken back ----
+
+
+class Stubborn(torch.Tensor):
+    """A tensor that takes its turn in being written, and may refuse to: what it holds then is half of it."""
+
+    left = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.copy_ and isinstance(args[0], cls):
+            cls.left -= 1
+            if cls.left < 0:
+                args[0].as_subclass(torch.Tensor)[:1] = 9
+                raise KeyboardInterrupt if cls.left < -1 else ArithmeticError("stuck")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def optimizer_with_odd_tensors():
+    params = [parameter(4) for _ in range(5)]
+    optimizer = Bare(params)
+    for index, param in enumerate(params):
+        held = {key: torch.full((4,), float(index)) for key in ("a", "b", "c")}
+        held["b"] = held["b"].as_subclass(Stubborn) if index != 2 else held["b"]
+        optimizer.state[param] = held
+    return optimizer
+
+
+@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("auto", [True, "auto"])
+def test_a_failure_in_the_middle_says_what_is_filled_and_what_is_not(backend, turn, auto, monkeypatch):
+    optimizer, twin = optimizer_with_odd_tensors(), optimizer_with_odd_tensors()
+    state = {index: {key: torch.full((4,), 10.0 + index) for key in ("a", "b", "c")} for index in range(5)}
+    state_dict = {"state": state, "param_groups": [{"params": list(range(5)), "lr": 3.0}]}
+    monkeypatch.setattr(Stubborn, "left", turn)
+    with pytest.raises(ArithmeticError, match="stuck") as caught:
+        fastopt.load_state_dict(optimizer, state_dict, inplace=auto)
+    assert_filled_as_the_note_says(caught.value, optimizer, twin, state_dict)
+    index = [0, 1, 3, 4][turn]
+    note = caught.value.__notes__[-1]
+    assert f"filled in part, wholly or not at all: state['b'] of parameter {index}." in note
+    monkeypatch.setattr(Stubborn, "left", 9)
+    fastopt.load_state_dict(optimizer, state_dict, inplace=auto)
+    assert [value[0].item() for value in tensors(optimizer)] == [10.0 + index for index in range(5) for _ in range(3)]
+
+
+def test_places_of_many_parameters_are_ranges(backend, monkeypatch):
+    params = [parameter(2) for _ in range(300)]
+    optimizer, saved_state = Bare(params), {}
+    for index, param in enumerate(params):
+        optimizer.state[param] = {"a": torch.zeros(2)} if index % 100 else {}
+        saved_state[index] = {"a": torch.ones(2)} if index % 100 else {}
+    monkeypatch.setattr(Bare, "__setstate__", lambda self, state: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        fastopt.load_state_dict(
+            optimizer, {"state": saved_state, "param_groups": [{"params": list(range(300))}]}, inplace=True
+        )
+    [note] = caught.value.__notes__
+    assert "of 297 state tensors, filled: state['a'] of parameter 1-99, 101-199, 201-299. All else" in note
 
 
 # ---- inplace="auto" ----

@@ -213,7 +213,7 @@ def test_a_load_takes_no_more_than_its_results(backend: str, saved_dtype: str, p
 
 
 def measure_peak_of_odd_sizes() -> dict[str, int]:
-    """Loads tensors, of GPT-2's shapes, that fill the last of their huge pages to a third, and large pieces of slabs."""
+    """Loads tensors of GPT-2's shapes, that fill the last of their huge pages to a third, and large pieces of slabs."""
     sizes = [3072 * 768] * 48 + [2304 * 768] * 24
     optimizer = optimizer_over(sizes, torch.bfloat16)
     state = {index: {"exp_avg": torch.ones(n), "exp_avg_sq": torch.ones(n)} for index, n in enumerate(sizes)}
@@ -249,6 +249,23 @@ def test_a_donated_state_is_never_in_memory_twice(backend: str, saved_dtype: str
     measured = in_a_process(f"measure_donated({saved_dtype!r}, {param_dtype!r})", backend)
     assert min(measured["read"], measured["written"]) > 2 * SLACK
     assert measured["extra"] <= max(measured["written"] - measured["read"], 0) + SLACK
+
+
+def measure_donated_keys() -> dict[str, int]:
+    optimizer = optimizer_over([16 * MIB], torch.bfloat16)
+    saved = state_dict_of(optimizer, {0: {f"key {i}": torch.ones(16 * MIB) for i in range(8)}})
+    fastopt.load_state_dict(optimizer_over([1], torch.float32), {"state": {}, "param_groups": [{"params": [0]}]})
+    gc.collect()
+    CLEAR_REFS.write_text("5")  # the most since now
+    before = resident()
+    report = fastopt.load_state_dict(optimizer, saved, donate=True)
+    return {"extra": resident("VmHWM") - before, "read": report.bytes_read, "written": report.bytes_written}
+
+
+def test_the_tensors_of_one_donated_parameter_are_released_one_by_one(backend: str) -> None:
+    measured = in_a_process("measure_donated_keys()", backend)
+    assert measured["written"] == 256 * MIB
+    assert measured["extra"] <= SLACK
 
 
 def measure_large_donated(saved_dtype: str, param_dtype: str) -> dict[str, int]:

@@ -96,13 +96,14 @@ Path path_of(const at::Tensor& dst, const at::Tensor& src) {
 
 }  // namespace
 
-// Copies the plain entries and calls `leave(indices)` for the others, before any byte moves. False, and nothing done,
-// where the entries have to be looked at one by one: an entry that is no tensor, shapes that differ, memory that may
-// overlap.
-bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& leave) {
+// Copies the plain entries and calls `leave(indices)` for the others, before any byte moves. Appends the list of the
+// plain ones to `begun` when nothing is left to be done but to copy them. False, and nothing done, where the entries
+// have to be looked at one by one: an entry that is no tensor, shapes that differ, memory that may overlap.
+bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& leave, py::list begun) {
   std::vector<std::pair<py::handle, py::handle>> pairs;  // kept alive by the lists
   std::vector<std::pair<py::handle, py::handle>> device_pairs;
   std::vector<py::handle> written;
+  py::list written_indices;
   std::vector<Interval> dst_memory;
   std::vector<Interval> src_memory;
   py::list left;
@@ -136,6 +137,7 @@ bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& 
       continue;
     }
     written.push_back(dst_object);
+    written_indices.append(i);
     if (!itself) {
       (path == Path::Cpu ? pairs : device_pairs).emplace_back(dst_object, src_object);
     }
@@ -153,6 +155,9 @@ bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& 
   DeviceBatch device_batch;
   for (const auto& [dst, src] : device_pairs) {
     device_batch.copy(THPVariable_Unpack(dst.ptr()), THPVariable_Unpack(src.ptr()));
+  }
+  if (!written_indices.empty()) {
+    begun.append(written_indices);
   }
   for (const py::handle dst : written) {
     THPVariable_Unpack(dst.ptr()).unsafeGetTensorImpl()->bump_version();

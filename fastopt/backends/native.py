@@ -54,7 +54,15 @@ def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], 
         return python.cast_state(saved_state, id_map, rules)
     state: State = defaultdict(dict)
     walked = _C.cast_state(
-        saved_state, id_map, rules.hosted_on_device or None, rules.rule_of, rules.memo, state, rules.audits, rules.gives
+        saved_state,
+        id_map,
+        rules.hosted_on_device or None,
+        rules.rule_of,
+        rules.memo,
+        state,
+        rules.audits,
+        rules.gives,
+        rules.reads_files,
     )
     if walked is None:  # too odd for the native walk: what it has begun is dropped
         if rules.memo is not None:
@@ -71,15 +79,16 @@ def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], 
     return state
 
 
-def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool) -> None:
+def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool, begun: list[list[int]]) -> None:
     def leave_to_torch(indices: list[int]) -> None:
         for index in indices:
             python.check_pair(index, dsts[index], srcs[index])
         for index in indices:
+            begun.append([index])
             python.copy_entry(index, dsts[index], srcs[index], non_blocking)
 
-    if not _C.copy_plain(dsts, srcs, leave_to_torch):
-        python.copy_(dsts, srcs, non_blocking)
+    if not _C.copy_plain(dsts, srcs, leave_to_torch, begun):
+        python.copy_(dsts, srcs, non_blocking, begun)
 
 
 def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list[torch.Tensor]:
@@ -96,3 +105,7 @@ def write_torch_file(fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -
     write_large = partial(write_tensors, fd)
     if not _C.write_torch_file(fd, content, dict(dtypes), config.save.storage_alignment, write_large):
         python.write_torch_file(fd, content, dtypes)
+
+
+def read_torch_file(path: str | os.PathLike[str]) -> tuple[Any] | None:
+    return _C.read_torch_file(os.fsencode(path))
