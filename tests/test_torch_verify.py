@@ -120,17 +120,19 @@ def test_data_that_is_cut_out(path):
         torch_file.verify(path)
 
 
-def test_records_that_are_longer_than_their_place(path, monkeypatch):
+@pytest.mark.parametrize("name", ["data/1", "data/2"])
+@pytest.mark.parametrize("more", [10**6, 2**62])
+def test_records_that_are_longer_than_their_place(path, monkeypatch, name, more):
     """As in a directory that was tampered with."""
-    records = torch_checks.grouped
+    grouped = torch_checks.grouped
 
-    def longer(found, end):
-        for record in found:
-            record.file_size += 10**6 if record.filename.endswith("data/2") else 0
-        return records(found, end)
+    def longer(records, end):
+        for record in records:
+            record.file_size += more if record.filename.endswith(name) else 0
+        return grouped(records, end)
 
     monkeypatch.setattr(torch_checks, "grouped", longer)
-    with pytest.raises(CheckpointError, match="archive/data/2"):
+    with pytest.raises(CheckpointError, match=f"archive/{name}"):
         torch_file.verify(path)
 
 
