@@ -426,6 +426,27 @@ def test_state_of_any_structure_as_another_dtype(path):
     assert state[0]["requires grad"].requires_grad
 
 
+class Refusing(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.to:
+            raise RuntimeError("this one is not cast")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_tensor_that_cannot_be_cast_is_named(path):
+    optimizer = trained_adam()
+    first = next(iter(optimizer.state.values()))
+    first["exp_avg"] = first["exp_avg"].as_subclass(Refusing)
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="not cast") as caught:
+        fastopt.save(optimizer, path, dtype=BF16)
+    notes = " ".join(caught.value.__notes__)
+    assert "while saving the state of parameter 0" in notes
+    assert "'exp_avg'" in notes
+    assert path.read_bytes() == b"old"
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, "half", {"exp_avg": 3}, {1: BF16}])
 def test_what_is_no_dtype_leaves_the_file(path, dtype):
     path.write_bytes(b"old")
