@@ -179,6 +179,25 @@ def test_devices_other_than_the_cpu(path, monkeypatch):
     assert_same_written(path, two_dtypes())
 
 
+def test_torchs_own_way_to_the_cpu_is_not_taken(path, monkeypatch):
+    """It would ask for the data of what only stands in for a storage."""
+    backends.use("python")
+    seen, save = [], torch.serialization._save
+
+    def watched(*arguments):
+        seen.append(config.save.use_pinned_memory_for_d2h)
+        save(*arguments)
+
+    monkeypatch.setattr(torch.serialization, "_save", watched)
+    config.save.use_pinned_memory_for_d2h = True
+    try:
+        torch_file.write(path, [torch.ones(3)])
+        assert config.save.use_pinned_memory_for_d2h is True
+    finally:
+        config.save.use_pinned_memory_for_d2h = False
+    assert seen == [False]
+
+
 # ---- Everything else ----
 
 
