@@ -340,13 +340,8 @@ void TorchPickle::save_storage(size_t index, at::ScalarType dtype) {
   out_.push_back('Q');
 }
 
-// The name of a storage: its index. What is longer than a digit is a string of its own; the others may be in the
-// content as well, as Python has one object for each.
+// The name of a storage: its index, as a string that is nobody else's.
 void TorchPickle::save_name(size_t index) {
-  if (index < 10) {
-    save(py::str(py::int_(index)).ptr(), 0);
-    return;
-  }
   Stored& stored = storages_[index];
   if (stored.name) {
     recall_index(*stored.name);

@@ -127,7 +127,7 @@ ZipLayout::Place ZipWriter::begin(std::string_view name, uint64_t size) {
   put(header, static_cast<uint16_t>(prefix_.size() + name.size()));
   put(header, static_cast<uint16_t>(length_of_sizes(size, place.header) + kFieldHead + place.padding));
   header.append(prefix_).append(name);
-  put_sizes(header, size, place);
+  put_sizes(header, size, 0, place);  // that is behind the data, to torch's writer
   header.append("FB");
   put(header, static_cast<uint16_t>(place.padding));
   header.append(place.padding, 'Z');
@@ -162,12 +162,12 @@ void ZipWriter::end(std::string_view name, uint64_t size, uint32_t crc, const Zi
   directory_.append(10, '\0');
   put(directory_, limited(place.header));
   directory_.append(prefix_).append(name);
-  put_sizes(directory_, size, place);
+  put_sizes(directory_, size, size, place);
   ++records_;
 }
 
-// The field of zip64.
-void ZipWriter::put_sizes(std::string& field, uint64_t size, const ZipLayout::Place& place) const {
+// The field of zip64; `packed` is the size of the data as it is stored.
+void ZipWriter::put_sizes(std::string& field, uint64_t size, uint64_t packed, const ZipLayout::Place& place) {
   if (!place.is_large) {
     return;
   }
@@ -175,7 +175,7 @@ void ZipWriter::put_sizes(std::string& field, uint64_t size, const ZipLayout::Pl
   put(field, static_cast<uint16_t>(length_of_sizes(size, place.header) - kFieldHead));
   if (size >= kLimit) {
     put(field, size);
-    put(field, size);
+    put(field, packed);
   }
   if (place.header >= kLimit) {
     put(field, place.header);

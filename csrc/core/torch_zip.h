@@ -5,7 +5,7 @@
 // a disk: more than all else that saving them takes. So for content that we pickle ourselves, the container is ours as
 // well. It has the bytes that torch's has (but for the text of the record .data/serialization_id): records that are
 // stored and not compressed, their data aligned by a field of padding, sizes and checksum behind the data, and what is
-// beyond 32 bits in fields of zip64. tests/test_torch_zip.py holds it to torch's.
+// beyond 32 bits in fields of zip64. tests/test_torch_write.py holds it to torch's.
 #pragma once
 
 #include <cstdint>
@@ -74,7 +74,7 @@ class ZipWriter {
  private:
   ZipLayout::Place begin(std::string_view name, uint64_t size);
   void end(std::string_view name, uint64_t size, uint32_t crc, const ZipLayout::Place& place);
-  void put_sizes(std::string& field, uint64_t size, const ZipLayout::Place& place) const;
+  static void put_sizes(std::string& field, uint64_t size, uint64_t packed, const ZipLayout::Place& place);
 
   FileOutput output_;
   std::string prefix_;

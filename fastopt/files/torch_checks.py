@@ -98,7 +98,7 @@ Group = tuple[int, int, list[zipfile.ZipInfo]]
 def grouped(records: list[zipfile.ZipInfo], end: int) -> tuple[list[Group], list[zipfile.ZipInfo]]:
     """Small records that are read together, and the large ones; `end` is where the directory of the file begins."""
     records = sorted(records, key=lambda record: record.header_offset)
-    limits = [record.header_offset for record in records[1:]] + [end]
+    limits = [*(record.header_offset for record in records[1:]), end][: len(records)]
     groups: list[Group] = []
     large = []
     for record, limit in zip(records, limits, strict=True):
@@ -132,6 +132,8 @@ def checksum(fd: int, record: zipfile.ZipInfo, pool: ThreadPoolExecutor) -> int:
     """The checksum of a large record's data, chunk by chunk."""
     begin = offset_of(fd, record)
     end = begin + record.file_size
+    if end > os.fstat(fd).st_size:
+        raise zipfile.BadZipFile(f"the record {record.filename} ends behind the end of the file")
     parts = [(start, min(CHUNK, end - start)) for start in range(begin, end, CHUNK)]
     total = 0
     for crc, (_, count) in zip(pool.map(lambda part: zlib.crc32(read_all(fd, *part)), parts), parts, strict=True):
@@ -154,7 +156,7 @@ def data_start(record: zipfile.ZipInfo, header: bytes | memoryview) -> int:
 
 def read_all(fd: int, offset: int, count: int) -> bytes:
     """A part of a file."""
-    data = os.pread(fd, count, offset)
+    data = os.pread(fd, count, offset) if offset >= 0 else b""
     while 0 < len(data) < count and (more := os.pread(fd, count - len(data), offset + len(data))):
         data += more
     if len(data) != count:

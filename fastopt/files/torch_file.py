@@ -87,7 +87,11 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
     After any error the file is as it was.
     """
     with replacing(path) as file:
-        current().write_torch_file(file.fileno(), content, dtypes or {})
+        try:
+            current().write_torch_file(file.fileno(), content, dtypes or {})
+        except Exception as error:
+            error.add_note(f"while writing {os.fspath(path)}")
+            raise
 
 
 def forbidden_globals(path: str | os.PathLike[str], allowed: list[SafeGlobal]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.storage import TypedStorage, UntypedStorage
+from torch.utils.serialization import config
 
 REBUILDS = (torch._utils._rebuild_tensor_v2, torch._utils._rebuild_tensor_v3)
 """What tensors are rebuilt by whose first argument is their storage."""
@@ -60,10 +61,12 @@ def records_of(content: Any, dtypes: Mapping[int, torch.dtype]) -> list[Record]:
             dtype = dtypes.get(id(value))
             if dtype is not None and dtype is not value.dtype:
                 return reduced_as(value, dtype)
-            return NotImplemented if value.device.type == "cpu" else reduced(value, stand_ins)
+            return reduced(value, stand_ins) if is_elsewhere(value) else NotImplemented
 
     pickling = SimpleNamespace(Pickler=Pickler)
-    torch.serialization._save(content, kept, pickling, PROTOCOL, False)  # type: ignore[no-untyped-call]
+    # On that way to the CPU torch would ask stand-ins for their data.
+    with config.patch({"save.use_pinned_memory_for_d2h": False}):  # type: ignore[attr-defined]
+        torch.serialization._save(content, kept, pickling, PROTOCOL, False)  # type: ignore[no-untyped-call]
     stand_ins.clear()  # the class outlives this call until the garbage collector finds it
     return kept.records
 
@@ -123,6 +126,11 @@ class _UntypedStandIn(_TypedStandIn):
 
     def _pickle_storage_type(self) -> str:
         return "UntypedStorage"
+
+
+def is_elsewhere(tensor: Tensor) -> bool:
+    """Whether torch would bring the storage of a tensor to the CPU, to write it."""
+    return tensor.device.type != "cpu"
 
 
 def reduced(tensor: Tensor, stand_ins: dict[int, _StandIn]) -> tuple[Any, ...]:

@@ -4,7 +4,6 @@ torch's writer would take a checksum of all data and write it, in one thread, on
 is told the size alone here, and passes over the data; the checksums that it could not know are put in afterwards.
 """
 
-import contextlib
 import os
 import struct
 from collections.abc import Mapping
@@ -34,24 +33,20 @@ def write(fd: int, content: object, dtypes: Mapping[int, torch.dtype]) -> None:
     outline = _Outline(fd)
     writer = torch._C.PyTorchFileWriter(outline, True, config.save.storage_alignment)  # type: ignore[call-overload]
     large: dict[int, Stored] = {}
-    try:
-        for index, (name, data) in enumerate(records):
-            if isinstance(data, bytes | str):
-                writer.write_record(name, data, len(data))
-                continue
-            size = data.size if isinstance(data, Stored) else data.nbytes()
-            if size < SMALL:
-                writer.write_record(name, data.in_memory() if isinstance(data, Stored) else data, size)
-            else:
-                writer.write_record_metadata(name, size)
-                large[index] = data if isinstance(data, Stored) else Stored(bytes_of(data), torch.uint8)
-        outline.is_at_end = True
-        writer.write_end_of_file()
-    except BaseException:
-        # Where it has not been ended, the writer's destructor does that, and an error there ends the process.
-        with contextlib.suppress(Exception):
-            writer.write_end_of_file()
-        raise
+    for index, (name, data) in enumerate(records):
+        outline.raise_failure()
+        if isinstance(data, bytes | str):
+            writer.write_record(name, data, len(data))
+            continue
+        size = data.size if isinstance(data, Stored) else data.nbytes()
+        if size < SMALL:
+            writer.write_record(name, data.in_memory() if isinstance(data, Stored) else data, size)
+        else:
+            writer.write_record_metadata(name, size)
+            large[index] = data if isinstance(data, Stored) else Stored(bytes_of(data), torch.uint8)
+    outline.is_at_end = True
+    writer.write_end_of_file()
+    outline.raise_failure()
     if [size for _, size in outline.gaps] != [data.size for data in large.values()]:
         raise RuntimeError("torch's writer has left other room for the storages than it was told to")
     entries = ((offset, *data) for (offset, _), data in zip(outline.gaps, large.values(), strict=True))
@@ -60,7 +55,11 @@ def write(fd: int, content: object, dtypes: Mapping[int, torch.dtype]) -> None:
 
 
 class _Outline:
-    """A file to torch's writer, which leaves gaps for data that others write."""
+    """A file to torch's writer, which leaves gaps for data that others write.
+
+    torch's writer ends the process if its file raises while the writer is taken down after an error. So `write` and
+    `seek` raise nothing; what fails in them is kept, and from then on they do nothing.
+    """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -74,9 +73,33 @@ class _Outline:
         """Whether torch writes what follows the last record: then all is kept."""
         self.directory = 0
         """Where in the piece the directory of the zip file begins."""
+        self.failure: BaseException | None = None
+
+    def raise_failure(self) -> None:
+        """Raise what has failed."""
+        if self.failure is not None:
+            raise self.failure
 
     def write(self, data: memoryview) -> int:
         """Called by torch."""
+        try:
+            if self.failure is None:
+                self.append(data)
+        except BaseException as error:
+            self.failure = error
+        return len(data)
+
+    def seek(self, count: int, whence: int) -> int:
+        """Called by torch to pass over data."""
+        try:
+            if self.failure is None:
+                self.leave(count, whence)
+        except BaseException as error:
+            self.failure = error
+        return self.position
+
+    def append(self, data: memoryview) -> None:
+        """Take what torch writes."""
         if self.is_behind_gap and data[:4] != DESCRIPTOR:
             raise RuntimeError("torch's writer leaves no room for a checksum")
         self.is_behind_gap = False
@@ -86,17 +109,15 @@ class _Outline:
             self.flush()
         self.piece += data
         self.position += len(data)
-        return len(data)
 
-    def seek(self, count: int, whence: int) -> int:
-        """Called by torch to pass over data."""
+    def leave(self, count: int, whence: int) -> None:
+        """Leave a gap."""
         if whence != os.SEEK_CUR:
             raise RuntimeError("torch's writer goes back in the file")
         self.flush()
         self.gaps.append((self.position, count))
         self.is_behind_gap = True
         self.position += count
-        return self.position
 
     def flush(self) -> None:
         """Write what is kept."""

@@ -52,6 +52,7 @@ std::span<const Test> file_tests();
 std::span<const Test> kernels_tests();
 std::span<const Test> launches_tests();
 std::span<const Test> slab_tests();
+std::span<const Test> torch_zip_tests();
 
 // ---- Elements and the memory they stand in ----
 
