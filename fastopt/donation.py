@@ -13,6 +13,7 @@ from fastopt.backends.interface import Group, State
 from fastopt.casting import Cast, bytes_of
 from fastopt.containers import tensors_of
 from fastopt.policy import Policy
+from fastopt.report import TAKEN_OVER
 
 PORTION = 32 * 2**20
 """Bytes that are cast before their sources are released: enough to keep all threads at work."""
@@ -33,6 +34,7 @@ class CastDonated(Cast):
         super().__init__(optimizer, saved_groups, copy=False, policy=policy, audit=audit)
         self.given = given
         self.gives = True
+        self.report.fate = TAKEN_OVER
         self.ours: set[int] = set()
 
     def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:

@@ -12,6 +12,7 @@ from fastopt.backends.interface import Group
 from fastopt.casting import Cast
 from fastopt.containers import is_leaf, rebuilt
 from fastopt.errors import OverlapError, describe_parameter, describe_tensor
+from fastopt.report import LEFT
 from fastopt.text import counted, ranges
 
 
@@ -45,6 +46,7 @@ class CastInPlace(Cast):
         super().__init__(optimizer, saved_groups, copy=True)
         self.backend = python  # walks the state; the bytes, nearly all of the work, are for the backend in use
         self.replace = replace
+        self.report.fate = LEFT
         self.held_state: Mapping[Any, Any] = optimizer.state
         self.held: list[torch.Tensor] = []
         self.saved: list[torch.Tensor] = []
@@ -105,7 +107,7 @@ class CastInPlace(Cast):
 
     def held_tensor(self, held: Any, saved: torch.Tensor, place: str) -> torch.Tensor:
         """The held tensor, noted to be filled."""
-        was_saved = f"where {describe_tensor(saved)} was saved"
+        was_saved = f'where {describe_tensor(saved)} was saved (inplace="auto" puts a new one there)'
         if not isinstance(held, torch.Tensor):
             raise ValueError(f"inplace: the optimizer holds no tensor at {place}, {was_saved}")
         if held.shape != saved.shape:
@@ -130,7 +132,7 @@ class CastInPlace(Cast):
         """
         for held, saved in zip(self.held, self.saved, strict=True):
             self.count_tensor(saved, held, copied=False)
-        self.report.filled = len(self.held)
+        self.report.filled = len(self.held) - self.report.shared  # with itself, as in the optimizer's own live state
         try:
             with torch.no_grad():
                 current().copy_(self.held, self.saved, False, self.begun)

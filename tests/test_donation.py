@@ -87,6 +87,7 @@ def test_what_needs_no_cast_is_taken_over():
     [state] = optimizer.state.values()
     assert state["m"].data_ptr() == address
     assert report.shared == 1
+    assert str(report).splitlines()[1:] == ["  took over 1 as they were"]
 
 
 def test_another_optimizers_live_state_stays_its_own():

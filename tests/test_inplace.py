@@ -115,7 +115,9 @@ def test_nested_containers_are_rebuilt_around_the_held_tensors(backend):
 def test_the_optimizers_own_live_state_dict(backend):
     optimizer = trained(adam((3,), (4, 2)))
     before, values = addresses(optimizer), [tensor.clone() for tensor in tensors(optimizer)]
-    fastopt.load_state_dict(optimizer, optimizer.state_dict(), inplace=True)
+    report = fastopt.load_state_dict(optimizer, optimizer.state_dict(), inplace=True)
+    assert (report.filled, report.shared, report.bytes_written) == (0, 6, 0)
+    assert str(report).splitlines()[1:] == ["  left 6 as they were"]
     assert addresses(optimizer) == before
     assert all(torch.equal(one, other) for one, other in zip(tensors(optimizer), values, strict=True))
 
