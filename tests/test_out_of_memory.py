@@ -86,7 +86,11 @@ def test_the_optimizer_is_as_it_was(backend: str, action: str, tmp_path: Path) -
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs Linux to know and to limit the address space")
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, backend, action, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", SCRIPT, backend, action, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 0, "no load ran out of memory"
