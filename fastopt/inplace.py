@@ -1,6 +1,7 @@
 """Loading into the tensors that an optimizer already holds."""
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
@@ -112,6 +113,8 @@ class CastInPlace(Cast):
             raise ValueError(f"inplace: the optimizer holds no tensor at {place}, {was_saved}")
         if held.shape != saved.shape:
             raise ValueError(f"inplace: the optimizer holds {describe_tensor(held)} at {place}, {was_saved}")
+        if reason := why_not_written(held, saved):
+            raise ValueError(f"inplace: the optimizer holds {describe_tensor(held)} at {place}, {reason}, {was_saved}")
         if saved.is_meta and not held.is_meta:
             raise ValueError(f"inplace: {describe_tensor(saved)}, saved at {place}, has no values")
         partner = self.partners.get(id(held))
@@ -130,6 +133,7 @@ class CastInPlace(Cast):
         Raises:
             ValueError: two of the held tensors overlap. Nothing was written then.
         """
+        self.saved = apart(self.held, self.saved)
         for held, saved in zip(self.held, self.saved, strict=True):
             self.count_tensor(saved, held, copied=False)
         self.report.filled = len(self.held) - self.report.shared  # with itself, as in the optimizer's own live state
@@ -163,3 +167,39 @@ class CastInPlace(Cast):
             param, _, place = self.places[entry]
             indices.setdefault(place, []).append(index_of[id(param)])
         return ", ".join(f"{p} of parameter {ranges(sorted(found))}" for p, found in indices.items()) or "none"
+
+
+def why_not_written(held: torch.Tensor, saved: torch.Tensor) -> str | None:
+    """What would make torch refuse to copy one tensor into another of its shape, as far as that can be known before."""
+    if held.is_inference() and not torch.is_inference_mode_enabled():
+        return "which only inference mode may write"
+    if held.layout is not saved.layout:
+        return f"which is {held.layout} and not {saved.layout}"
+    if held.layout is torch.strided and 0 in held.stride() and not held.is_contiguous():
+        return "which is expanded, many elements in one place"
+    return None
+
+
+def apart(held: Sequence[torch.Tensor], saved: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The saved tensors, with copies in place of those that the filling of another held one might change.
+
+    A batch judges dense tensors itself, and refuses those that overlap; others, as rows of a wider buffer, may
+    interleave and not overlap.
+    """
+    if not any(is_ordinary(tensor) and not tensor.is_contiguous() for tensor in chain(held, saved)):
+        return list(saved)
+    buffers = Counter(memory_of(tensor) for tensor in held)
+    return [
+        one.clone() if buffers[memory_of(one)] > (memory_of(own) == memory_of(one)) and one is not own else one
+        for own, one in zip(held, saved, strict=True)
+    ]
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """What tensors have in common that are views of one memory."""
+    return tensor.untyped_storage().data_ptr() if is_ordinary(tensor) else id(tensor)
+
+
+def is_ordinary(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory is known, as that of a subclass is not."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
