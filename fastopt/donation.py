@@ -37,15 +37,24 @@ class CastDonated(Cast):
         self.report.fate = TAKEN_OVER
         self.ours: set[int] = set()
 
-    def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:
-        """The new state; the saved one is empty then, and so is the dict that was given.
+    def saved_state(self, state_dict: Any) -> Any:
+        """The state, taken out of the dict that was given and, where a pre-hook put another in its place, of that.
+
+        Both are empty then: a dict without its state must not be taken for one.
 
         Raises:
-            TypeError: nothing can be taken out of the saved state.
+            TypeError: nothing can be taken out of the dict or of the state.
         """
-        if not isinstance(saved_state, MutableMapping):
-            raise TypeError(f"donate: nothing can be taken out of the state, a {type(saved_state).__name__}")
-        self.given.clear()  # a dict without its state must not be taken for one
+        state = super().saved_state(state_dict)
+        for name, mapping in {"dict": self.given, "state": state}.items():
+            if not isinstance(mapping, MutableMapping):
+                raise TypeError(f"donate: nothing can be taken out of the {name}, a {type(mapping).__name__}")
+        self.given.clear()
+        state_dict.clear()
+        return state
+
+    def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:
+        """The new state; the saved one is empty then."""
         state: State = defaultdict(dict)
         for portion in portions(saved_state):
             self.ours = nobody_elses(portion)
