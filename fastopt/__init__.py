@@ -4,6 +4,7 @@ from fastopt.audit import AuditCount
 from fastopt.backends import BackendInfo, backend
 from fastopt.batch import copy_, to
 from fastopt.checkpoint import SaveReport, load, save
+from fastopt.errors import BackgroundSaveError, CheckpointError
 from fastopt.inspection import Diff, Problem, Summary, check, diff, summary
 from fastopt.matching import match
 from fastopt.patch import install, installed, uninstall
@@ -15,6 +16,8 @@ from fastopt.state_dict import id_map, load_state_dict, state_dict
 __all__ = [
     "AuditCount",
     "BackendInfo",
+    "BackgroundSaveError",
+    "CheckpointError",
     "Diff",
     "LoadReport",
     "Problem",

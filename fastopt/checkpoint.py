@@ -3,19 +3,25 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch.optim import Optimizer
 
-from fastopt.files import torch_file
-from fastopt.files.atomic import replacing
+from fastopt.background import in_background, in_turn, raise_unasked
+from fastopt.files import formats
+from fastopt.files.torch_file import SafeGlobal
+from fastopt.flattened import is_flattened, unflattened
 from fastopt.inspection.places import places
-from fastopt.policy import Devices, DTypes
-from fastopt.report import LoadReport
-from fastopt.state_dict import StateDict, load_state_dict, state_dict
-from fastopt.text import counted, duration, listed, size
+from fastopt.policy import Devices, DTypes, Policy
+from fastopt.report import CastCount, LoadReport
+from fastopt.saving import DTypesById, with_dtypes
+from fastopt.snapshot import snapshot
+from fastopt.state_dict import StateDict, cast_by, load_checked, state_dict
+from fastopt.text import counted, dtype_name, duration, listed, size, some
 
 DEPTH = 3
 """Levels of a checkpoint at which a state dict is looked for, to say where one is."""
@@ -23,37 +29,135 @@ DEPTH = 3
 
 @dataclass
 class SaveReport:
-    """What `save` did. Prints as one line."""
+    """What `save` did. Prints as a few lines."""
 
     path: str
     tensors: int
     bytes_written: int
     """The size of the file."""
     seconds: float
+    casts: dict[tuple[torch.dtype, torch.dtype], CastCount] = field(default_factory=dict)
+    """Tensors that have another dtype in the file, by their own and that one."""
+    unused_patterns: list[str] = field(default_factory=list)
+    """Keys and patterns of `dtype` that fitted no key of the state."""
 
     def __str__(self) -> str:
         rate = f", {size(self.bytes_written / self.seconds)}/s" if self.seconds else ""
-        return (
+        lines = [
             f"saved {counted(self.tensors, 'tensor')} in {duration(self.seconds)}: {self.path}, "
             f"{size(self.bytes_written)}{rate}"
-        )
+        ]
+        for (source, target), count in self.casts.items():
+            lines.append(f"  cast {count.tensors:,} from {dtype_name(source)} to {dtype_name(target)}")
+        if self.unused_patterns:
+            lines.append(f"  no key of the state fits {some(self.unused_patterns)}, given in dtype")
+        return "\n".join(lines)
 
 
-def save(optimizer: Optimizer, path: str | os.PathLike[str]) -> SaveReport:
-    """Write the state of an optimizer to a file that `torch.load(path, weights_only=True)` reads.
+@overload
+def save(
+    optimizer: Optimizer,
+    path: str | os.PathLike[str],
+    *,
+    dtype: DTypes | None = None,
+    background: Literal[False] = False,
+) -> SaveReport: ...
 
-    An existing file is replaced at once and as a whole, and is on the disk when this returns: after a crash or a loss
-    of power at any moment the old file or the new one is there, whole. The hooks of saving run.
+
+@overload
+def save(
+    optimizer: Optimizer, path: str | os.PathLike[str], *, dtype: DTypes | None = None, background: Literal[True]
+) -> Future[SaveReport]: ...
+
+
+def save(
+    optimizer: Optimizer, path: str | os.PathLike[str], *, dtype: DTypes | None = None, background: bool = False
+) -> SaveReport | Future[SaveReport]:
+    """Write the state of an optimizer to a file.
+
+    A name that ends with `.safetensors` makes it one of the safetensors library (docs/formats.md); any other, one that
+    `torch.load(path, weights_only=True)` reads. An existing file is replaced at once and as a whole, and is on the disk
+    when this is done: after a crash or a loss of power at any moment the old file or the new one is there, whole. The
+    hooks of saving run.
+
+    Args:
+        optimizer: the optimizer; its state must not change meanwhile, unless it is saved in the background.
+        path: the file.
+        dtype: a floating dtype for the saved copy of floating state other than `step`; None keeps the dtypes. Or a dict
+            by key, as the `policy` of `load_state_dict`; keys that it does not fit keep theirs. Tensors are cast piece
+            by piece as they are written.
+        background: whether to write in a thread, and to return as soon as there is a `snapshot` of the state in the
+            CPU's memory, which takes as long as copying it. One optimizer has at most one such copy: where its previous
+            save in the background is not done, this one waits for it first. Those of several optimizers are written one
+            after the other. Saves to one path are done in the order in which they were asked for, whichever kind they
+            are. At exit, saves that are under way are finished; an interruption ends that.
+
+    Returns:
+        The report; with `background` a Future whose result it is, and whose `result()` raises the errors of writing.
 
     Raises:
-        OSError: the file cannot be written; an existing one stays as it was.
+        OSError: the file cannot be written.
+        TypeError, ValueError: the state holds something that has no place in the format, and the text says where; or
+            `dtype` makes no policy.
+        BackgroundSaveError: an earlier save in the background, to whatever path, has failed, and nobody has asked its
+            Future; this save is done all the same, or goes on in the background. Where no other save follows, the error
+            is written to stderr at exit, and the exit code is 120.
+
+    After any error of this save an existing file is as it was.
     """
+    if background:
+        future = in_background(optimizer, path, partial(copied, optimizer, dtype), partial(write_ready, path))
+        raise_unasked(f"the save to {os.fspath(path)} goes on in the background", future)
+        return future
+    with in_turn(path):
+        report = write_ready(path, ready(optimizer, dtype))
+    raise_unasked(f"the save to {os.fspath(path)} is done")
+    return report
+
+
+class Ready(NamedTuple):
+    """What is to be written."""
+
+    started: float
+    saved: StateDict
+    dtypes: DTypesById | None
+    """Those that tensors get while they are written."""
+    report: LoadReport
+    """The casts that are done, or are to be done then."""
+
+
+def ready(optimizer: Optimizer, dtype: DTypes | None) -> Ready:
+    """The live state of an optimizer."""
     started = time.perf_counter()
     saved = state_dict(optimizer)
-    with replacing(path) as file:
-        torch.save(saved, file)
-    tensors = sum(isinstance(place.value, torch.Tensor) for entry in saved["state"].values() for place in places(entry))
-    return SaveReport(os.fspath(path), tensors, os.path.getsize(path), time.perf_counter() - started)
+    if dtype is None:
+        return Ready(started, saved, None, LoadReport(""))
+    return Ready(started, *with_dtypes(optimizer, saved, dtype))
+
+
+def copied(optimizer: Optimizer, dtype: DTypes | None) -> Ready:
+    """A copy of the state of an optimizer, cast already, as that takes less memory and no more time."""
+    started = time.perf_counter()
+    taken = snapshot(optimizer, dtype=dtype)
+    return Ready(started, taken.state_dict(), None, taken.report)
+
+
+def write_ready(path: str | os.PathLike[str], what: Ready) -> SaveReport:
+    """Write what is to be written."""
+    formats.write(path, what.saved, what.dtypes)
+    seconds = time.perf_counter() - what.started
+    casts = {pair: count for pair, count in what.report.casts.items() if pair[0] != pair[1]}
+    tensors = count_tensors(what.saved["state"])
+    return SaveReport(os.fspath(path), tensors, formats.size_of(path), seconds, casts, what.report.unused_patterns)
+
+
+def count_tensors(value: Any) -> int:
+    """Tensors in a value, which may be one or a container of any kind."""
+    if isinstance(value, torch.Tensor):
+        return 1
+    if type(value) is dict:
+        return sum(map(count_tensors, value.values()))
+    return sum(isinstance(place.value, torch.Tensor) for place in places(value))
 
 
 def load(
@@ -62,13 +166,14 @@ def load(
     *,
     key: str | None = None,
     transform: Callable[[StateDict], StateDict] | None = None,
-    safe_globals: Iterable[torch_file.SafeGlobal] = (),
+    safe_globals: Iterable[SafeGlobal] = (),
+    verify: bool = False,
     policy: DTypes | None = None,
     device: Devices = "param",
     inplace: bool | Literal["auto"] = False,
     audit: bool = False,
 ) -> LoadReport:
-    """Load a state into an optimizer from a file that `torch.save` wrote.
+    """Load a state into an optimizer from a file that `torch.save` or `fastopt.save` wrote, by what is in it.
 
     The bytes go from the file to where they belong once, and are cast on the way: no copy of the file or of its state
     is made in memory. No code of the file's runs, and no class of it is imported.
@@ -82,6 +187,7 @@ def load(
             optimizer)`.
         safe_globals: classes and functions that the file may name besides those that `torch.load(weights_only=True)`
             takes.
+        verify: whether all of the file's data is read once more before, and held against its checksums.
         policy: as in `load_state_dict`; so are the others.
         device: the device that state goes to.
         inplace: whether it goes into the tensors that the optimizer already holds.
@@ -92,6 +198,7 @@ def load(
 
     Raises:
         OSError: the file cannot be opened.
+        CheckpointError: it is no checkpoint, or a damaged one; or it has no checksums and `verify` asks for them.
         pickle.UnpicklingError: the file names classes or functions that are not allowed; the text lists them.
         KeyError: there is no state dict at `key`; the text says where there are some.
         Exception: what torch raises for a file that is damaged, or what `load_state_dict` raises.
@@ -99,12 +206,15 @@ def load(
     After any error the optimizer is as it was, as far as `load_state_dict` says.
     """
     started = time.perf_counter()
-    saved = read_state_dict(path, key, safe_globals)
+    saved = read_state_dict(path, key, safe_globals, verify)
     if transform is not None:
         saved = transform(saved)
     try:
-        report = load_state_dict(
-            optimizer, saved, copy=True, policy=policy, device=device, inplace=inplace, audit=audit
+        fresh = transform is None  # else what is in memory may be another state than what is in the file
+        report = load_checked(
+            optimizer,
+            saved,
+            lambda: cast_by(saved, True, Policy(policy, device), inplace, False, audit, reads_files=fresh),
         )
     except Exception as error:
         error.add_note(f"while loading {os.fspath(path)}")
@@ -114,15 +224,21 @@ def load(
 
 
 def read_state_dict(
-    path: str | os.PathLike[str], key: str | None = None, safe_globals: Iterable[torch_file.SafeGlobal] = ()
+    path: str | os.PathLike[str],
+    key: str | None = None,
+    safe_globals: Iterable[SafeGlobal] = (),
+    verify: bool = False,
 ) -> StateDict:
     """The state dict that a file holds, whose tensors are not read yet.
 
     Raises:
         KeyError: there is none at `key`.
+        Exception: what `formats.read` raises.
     """
-    content = torch_file.read(path, safe_globals)
+    content = formats.read(path, safe_globals, verify)
     found = content if key is None else value_at(content, key)
+    if is_flattened(found):
+        found = unflattened(found)
     if not is_state_dict(found):
         there = (
             f"{os.fspath(path)} is no state dict" if key is None else f"{os.fspath(path)} has no state dict at {key!r}"

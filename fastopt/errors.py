@@ -20,6 +20,14 @@ class OverlapError(ValueError):
         self.entries = entries
 
 
+class BackgroundSaveError(RuntimeError):
+    """An earlier save in the background failed, and nobody asked its Future. The cause is what went wrong."""
+
+
+class CheckpointError(ValueError):
+    """What was read is no checkpoint, or a damaged one; the text names the file and the entry."""
+
+
 def describe_tensor(tensor: torch.Tensor) -> str:
     """Dtype, shape and device, for an error: `float32 [3, 4] on cpu`."""
     try:

@@ -95,6 +95,22 @@ class Policy:
         return [p for p in dict.fromkeys((*self.dtypes, *self.devices)) if p != "*" and p not in self.used]
 
 
+def saving_policy(dtype: DTypes | None, device: str | int | torch.device = "keep") -> Policy:
+    """The policy under which state leaves an optimizer: it keeps what it is, but for what is asked for.
+
+    Args:
+        dtype: a floating dtype for floating state other than `step`; None keeps the dtypes. Or a dict by key, as the
+            `policy` of `load_state_dict`; keys that it does not fit keep theirs.
+        device: for all state.
+    """
+    dtypes: Mapping[str, str | torch.dtype]
+    dtypes = dtype if isinstance(dtype, Mapping) else {"*": "keep" if dtype is None else dtype}
+    policy = Policy({"step": "keep", **dtypes, "*": dtypes.get("*", "keep")}, {"*": device, "step": device})
+    if "step" not in dtypes:
+        policy.used.add("step")  # nobody has misspelled it
+    return policy
+
+
 def by_pattern(option: str, given: Any, checked: Callable[[str, Any], Any]) -> dict[str, Any]:
     """Pattern -> checked rule; one rule for all where no mapping was given."""
     if not isinstance(given, Mapping):

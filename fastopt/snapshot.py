@@ -1,7 +1,6 @@
 """Copies of an optimizer's state that training does not touch."""
 
 import os
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,9 +12,9 @@ from fastopt.backends.interface import Group
 from fastopt.casting import Cast
 from fastopt.collector import paused_collector
 from fastopt.containers import tensors_of
-from fastopt.files.atomic import replacing
+from fastopt.files import torch_file
 from fastopt.inplace import CastInPlace
-from fastopt.policy import DTypes, Policy
+from fastopt.policy import DTypes, Policy, saving_policy
 from fastopt.report import LoadReport
 from fastopt.state_dict import StateDict, deepcopied, id_map, load, state_dict
 
@@ -30,7 +29,8 @@ class Snapshot:
         self._optimizer = optimizer
         self._copied = copied
         self._origins = origins
-        self._report = report
+        self.report = report
+        """What was copied, and cast."""
 
     def state_dict(self) -> StateDict:
         """Return the state in the form of `torch.optim.Optimizer.state_dict`.
@@ -66,12 +66,11 @@ class Snapshot:
 
         An existing file is replaced at once and as a whole; where writing fails, it stays as it was.
         """
-        with replacing(path) as file:
-            torch.save(self._copied, file)
+        torch_file.write(path, self._copied)
 
     def __repr__(self) -> str:
-        name, size = type(self._optimizer).__name__, self._report.bytes_written
-        return f"<fastopt.Snapshot of {name}: {self._report.tensors:,} tensors, {size / 1e6:,.1f} MB>"
+        name, size = type(self._optimizer).__name__, self.report.bytes_written
+        return f"<fastopt.Snapshot of {name}: {self.report.tensors:,} tensors, {size / 1e6:,.1f} MB>"
 
 
 def snapshot(
@@ -93,14 +92,14 @@ def snapshot(
     """
     if device != "keep" and torch.device(device).type == "meta":
         raise ValueError("snapshot: tensors on the meta device have no values, and could not be restored")
-    dtypes: Mapping[str, Any] = dtype if isinstance(dtype, Mapping) else {"*": "keep" if dtype is None else dtype}
-    policy = Policy({"step": "keep", **dtypes, "*": dtypes.get("*", "keep")}, {"*": device, "step": device})
+    policy = saving_policy(dtype, device)
     live = state_dict(optimizer)
     with paused_collector():
         saved_groups = deepcopied(live["param_groups"])
         params = id_map(saved_groups, optimizer.param_groups)
         cast = Cast(optimizer, saved_groups, copy=True, policy=policy)
         state = cast.cast_state(live["state"], params)
+        cast.report.unused_patterns = policy.unused()
         copied = {key: value if key in ("state", "param_groups") else cast.keep(value) for key, value in live.items()}
         copied["state"] = {index: state[params.get(index, index)] for index in live["state"]}
         copied["param_groups"] = saved_groups

@@ -16,24 +16,37 @@ PYTHON_LAYERS = (
     ("fastopt",),
     ("fastopt.patch",),
     ("fastopt.checkpoint",),
-    ("fastopt.inspection", "fastopt.matching", "fastopt.recast", "fastopt.snapshot"),
+    ("fastopt.background", "fastopt.inspection", "fastopt.matching", "fastopt.recast", "fastopt.snapshot"),
     ("fastopt.inspection.check", "fastopt.inspection.diff", "fastopt.inspection.summary"),
     ("fastopt.inspection.places", "fastopt.inspection.values"),
+    ("fastopt.saving",),
     ("fastopt.batch", "fastopt.state_dict"),
     ("fastopt.donation", "fastopt.inplace"),
     ("fastopt.casting",),
-    ("fastopt.policy", "fastopt.report"),
+    ("fastopt.flattened", "fastopt.policy", "fastopt.report"),
+    ("fastopt.files.formats",),
+    ("fastopt.files.dcp_folder",),
+    ("fastopt.files.dcp_shards", "fastopt.files.dcp_writer"),
+    ("fastopt.files.dcp_tree",),
+    ("fastopt.files.dcp_metadata",),
+    ("fastopt.files.safetensors_file", "fastopt.files.torch_file"),
     ("fastopt.backends",),
     ("fastopt.backends.native",),
     ("fastopt.backends.python",),
     ("fastopt.backends.interface",),
+    ("fastopt.files.torch_zip",),
+    ("fastopt.files.metadata", "fastopt.files.staging", "fastopt.files.torch_checks", "fastopt.files.torch_pickle"),
     (
         "fastopt.errors",
+        "fastopt.chunked",
         "fastopt.collector",
         "fastopt.containers",
         "fastopt.files",
+        "fastopt.files.archive",
         "fastopt.files.atomic",
-        "fastopt.files.torch_file",
+        "fastopt.files.atomic_folder",
+        "fastopt.files.checksums",
+        "fastopt.files.writeback",
         "fastopt.audit",
         "fastopt.text",
     ),
@@ -42,7 +55,7 @@ PYTHON_LAYERS = (
 CPP_LAYERS = (("csrc/bindings",), ("csrc/cuda",), ("csrc/core",))
 
 # What a folder may include in angle brackets, and nothing else; where there is no entry, anything.
-STANDARD = r"[a-z_0-9]+|sys/mman\.h|unistd\.h|immintrin\.h|arm_neon\.h"
+STANDARD = r"[a-z_0-9]+|sys/mman\.h|fcntl\.h|unistd\.h|immintrin\.h|arm_neon\.h"
 ANGLED = {"csrc/core": STANDARD, "csrc/cuda": rf"{STANDARD}|cuda[a-z_0-9]*\.h|cub/.*|cooperative_groups\.h"}
 
 Arrow = tuple[str, str]

@@ -212,6 +212,25 @@ def test_a_load_takes_no_more_than_its_results(backend: str, saved_dtype: str, p
     assert measured["extra"] <= measured["written"] + SLACK
 
 
+def measure_peak_of_odd_sizes() -> dict[str, int]:
+    """Loads tensors of GPT-2's shapes, that fill the last of their huge pages to a third, and large pieces of slabs."""
+    sizes = [3072 * 768] * 48 + [2304 * 768] * 24
+    optimizer = optimizer_over(sizes, torch.bfloat16)
+    state = {index: {"exp_avg": torch.ones(n), "exp_avg_sq": torch.ones(n)} for index, n in enumerate(sizes)}
+    saved = state_dict_of(optimizer, state)
+    fastopt.load_state_dict(optimizer_over([1], torch.float32), {"state": {}, "param_groups": [{"params": [0]}]})
+    gc.collect()
+    CLEAR_REFS.write_text("5")  # the most since now
+    before = resident()
+    report = fastopt.load_state_dict(optimizer, saved)
+    return {"extra": resident("VmHWM") - before, "written": report.bytes_written}
+
+
+def test_huge_pages_take_no_more_than_the_results(backend: str) -> None:
+    measured = in_a_process("measure_peak_of_odd_sizes()", backend)
+    assert measured["extra"] <= measured["written"] + SLACK
+
+
 def measure_donated(saved_dtype: str, param_dtype: str) -> dict[str, int]:
     sizes = [8 * MIB] * 12 + [MIB // 3] * 6 + [500] * 1000
     optimizer = optimizer_over(sizes, getattr(torch, param_dtype))

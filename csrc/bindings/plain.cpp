@@ -37,22 +37,10 @@ bool fits_its_storage(const c10::TensorImpl& impl) {
   return static_cast<size_t>(last + 1) * impl.itemsize() <= impl.unsafe_storage().nbytes();
 }
 
-bool has_attributes(PyObject* object) {
-  PyObject** dict = _PyObject_GetDictPtr(object);
-  return dict != nullptr && *dict != nullptr && PyDict_GET_SIZE(*dict) > 0;
-}
-
 // As CPython's own _PyObject_GET_WEAKREFS_LISTPTR, which is not public.
 bool has_weak_references(PyObject* object) {
   const Py_ssize_t offset = Py_TYPE(object)->tp_weaklistoffset;
   return offset == 0 || *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset) != nullptr;
-}
-
-// A storage that Python has looked at once, as torch.load and torch.save do, has a Python object from then on, which
-// refers to it; nobody else refers to that object.
-bool is_the_only_user(const c10::Storage& storage) {
-  const size_t from_python = storage.unsafeGetStorageImpl()->pyobj_slot()->has_unique_reference() ? 1 : 0;
-  return storage.use_count() == 1 + from_python;
 }
 
 bool is_plain_among(const at::Tensor& tensor, c10::DispatchKeySet ordinary) {
@@ -80,6 +68,18 @@ bool is_plain_cuda(const at::Tensor& tensor) {
   constexpr c10::DispatchKeySet ordinary({c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA,
                                           c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
   return is_plain_among(tensor, ordinary);
+}
+
+// A storage that Python has looked at once, as torch.load and torch.save do, has a Python object from then on, which
+// refers to it; nobody else refers to that object.
+bool is_the_only_user(const c10::Storage& storage) {
+  const size_t from_python = storage.unsafeGetStorageImpl()->pyobj_slot()->has_unique_reference() ? 1 : 0;
+  return storage.use_count() == 1 + from_python;
+}
+
+bool has_attributes(PyObject* object) {
+  PyObject** dict = _PyObject_GetDictPtr(object);
+  return dict != nullptr && *dict != nullptr && PyDict_GET_SIZE(*dict) > 0;
 }
 
 bool has_only_its_storage(PyObject* object, const at::Tensor& tensor) {

@@ -24,6 +24,12 @@ bool is_plain_cuda(const at::Tensor& tensor);  // on a GPU
 // attributes, and a storage that no other tensor uses.
 bool has_only_its_storage(PyObject* object, const at::Tensor& tensor);
 
+// Whether no tensor but the one that this was asked of uses its storage.
+bool is_the_only_user(const c10::Storage& storage);
+
+// Whether the Python object of a tensor has attributes of its own.
+bool has_attributes(PyObject* object);
+
 // Note [Given memory]
 // A tensor that is given away is released when it has been cast, and in a large batch part by part before that: input
 // and output are then never in memory both. What is discarded must be nobody else's. So the Python object has one

@@ -41,8 +41,9 @@ inline size_t bytes_to_line(const void* address) {
 // pages, in GB/s read and written, medians of 7 on a Xeon (Sapphire Rapids): float32 to bfloat16 without fetching 27,
 // into the second level 38, into the first 34, and past the caches (the hint "needed once") 20, as that keeps the
 // hardware from fetching by itself; to float16 34, 40, 36 and 24; float64 to float32 -, 40, 39 and 25; bfloat16 to
-// float32 -, 44, 44 and 30. 2 and 8 KiB ahead differ from 4 by less than the noise. On a Zen 3, where only the last hint
-// was measured, it took float32 to bfloat16 from 28 to 40. Moved bytes gain nothing by it, so they are not fetched.
+// float32 -, 44, 44 and 30. 2 and 8 KiB ahead differ from 4 by less than the noise. On a Zen 3, where only the last
+// hint was measured, it took float32 to bfloat16 from 28 to 40. Moved bytes gain nothing by it, so they are not
+// fetched.
 constexpr int64_t kAhead = 4 << 10;  // bytes
 
 // The lines that hold `kBytes` from an address. May be past the end: fetching faults at no address.

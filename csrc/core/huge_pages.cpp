@@ -11,22 +11,31 @@
 namespace fastopt {
 namespace {
 
-size_t whole_pages(size_t bytes) {
-  return (bytes + kHugePage - 1) / kHugePage * kHugePage;
+constexpr uintptr_t up_to(uintptr_t number, uintptr_t multiple) {
+  return (number + multiple - 1) / multiple * multiple;
 }
 
 }  // namespace
 
 #if defined(__linux__)
 
+namespace {
+
+size_t page_size() {
+  static const auto size = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return size;
+}
+
+}  // namespace
+
 Mapping map_huge(size_t bytes) {
-  const size_t wanted = whole_pages(bytes);
+  const size_t wanted = up_to(bytes, page_size());
   void* raw = mmap(nullptr, wanted + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (raw == MAP_FAILED) {
     throw std::bad_alloc();
   }
   const auto start = reinterpret_cast<uintptr_t>(raw);
-  const uintptr_t aligned = whole_pages(start);
+  const uintptr_t aligned = up_to(start, kHugePage);
   if (aligned > start) {
     munmap(raw, aligned - start);
   }
@@ -38,18 +47,25 @@ Mapping map_huge(size_t bytes) {
   return {address, wanted};
 }
 
+void trim(Mapping& mapping, size_t bytes) noexcept {
+  const size_t kept = up_to(bytes, page_size());
+  if (kept < mapping.bytes && munmap(static_cast<char*>(mapping.address) + kept, mapping.bytes - kept) == 0) {
+    mapping.bytes = kept;
+  }
+}
+
 void unmap(const Mapping& mapping) noexcept {
   munmap(mapping.address, mapping.bytes);
 }
 
 void discard(void* begin, size_t bytes) noexcept {
-  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto start = reinterpret_cast<uintptr_t>(begin);
-  uintptr_t first = (start + page - 1) / page * page;
+  uintptr_t first = up_to(start, page_size());
   if (first % kHugePage == 0) {
-    first += page;  // of memory in hugetlbfs, some kernels take more than was asked for, but nothing from here on
+    first +=
+        page_size();  // of memory in hugetlbfs, some kernels take more than was asked for, but nothing from here on
   }
-  const uintptr_t last = (start + bytes) / page * page;
+  const uintptr_t last = (start + bytes) / page_size() * page_size();
   if (first < last) {
     madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);  // where it is refused, they stay
   }
@@ -58,8 +74,10 @@ void discard(void* begin, size_t bytes) noexcept {
 #else
 
 Mapping map_huge(size_t bytes) {
-  return {::operator new(whole_pages(bytes), std::align_val_t{kHugePage}), whole_pages(bytes)};
+  return {::operator new(bytes, std::align_val_t{kHugePage}), bytes};
 }
+
+void trim(Mapping&, size_t) noexcept {}
 
 void unmap(const Mapping& mapping) noexcept {
   ::operator delete(mapping.address, std::align_val_t{kHugePage});

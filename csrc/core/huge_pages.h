@@ -12,9 +12,13 @@ struct Mapping {
   size_t bytes;
 };
 
-// Memory for `bytes` or more, a multiple of kHugePage and aligned to it, in huge pages where the system has them: each
-// costs one fault instead of 512. Throws std::bad_alloc.
+// Memory for `bytes`, up to a whole ordinary page, aligned to kHugePage and in huge pages where the system has them:
+// each costs one fault instead of 512. What is left after the last whole huge page is in ordinary ones, as a huge page
+// that is touched anywhere is there as a whole. Throws std::bad_alloc.
 Mapping map_huge(size_t bytes);
+
+// Gives back what lies after the first `bytes` of a mapping, which has not been touched, up to a whole ordinary page.
+void trim(Mapping& mapping, size_t bytes) noexcept;
 
 void unmap(const Mapping& mapping) noexcept;
 

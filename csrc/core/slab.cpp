@@ -26,20 +26,31 @@ class alignas(SlabArena::kCacheLine) Slab {
   static Slab* create(size_t bytes) {
     if (bytes >= kHugePage) {
       const Mapping mapping = map_huge(bytes);
-      return new (mapping.address) Slab(mapping.bytes);
+      return new (mapping.address) Slab(mapping.bytes, /*is_mapped=*/true);
     }
-    return new (::operator new(bytes, kAlignment)) Slab(bytes);
+    return new (::operator new(bytes, kAlignment)) Slab(bytes, /*is_mapped=*/false);
   }
 
   size_t size() const { return bytes_ - sizeof(Slab); }
+
+  // Gives back the end, where only the first `bytes` of the pieces are in use. A huge page that is in use in part is
+  // there as a whole; cut off, that part comes in ordinary pages.
+  void trim(size_t bytes) noexcept {
+    if (is_mapped_ && bytes + kWorthTrimming < size()) {
+      Mapping mapping{this, bytes_};
+      fastopt::trim(mapping, sizeof(Slab) + bytes);
+      bytes_ = mapping.bytes;
+    }
+  }
 
   char* pieces() { return reinterpret_cast<char*>(this + 1); }
 
   void drop_owners(int64_t number) noexcept {
     if (owners_.fetch_sub(number, std::memory_order_acq_rel) == number) {
       const Mapping mapping{this, bytes_};
+      const bool is_mapped = is_mapped_;
       this->~Slab();
-      if (mapping.bytes >= kHugePage) {
+      if (is_mapped) {
         unmap(mapping);
       } else {
         ::operator delete(mapping.address, kAlignment);
@@ -50,9 +61,12 @@ class alignas(SlabArena::kCacheLine) Slab {
  private:
   static constexpr std::align_val_t kAlignment{SlabArena::kCacheLine};
 
-  explicit Slab(size_t bytes) : bytes_(bytes) {}
+  static constexpr size_t kWorthTrimming = size_t{256} << 10;
 
-  const size_t bytes_;
+  Slab(size_t bytes, bool is_mapped) : bytes_(bytes), is_mapped_(is_mapped) {}
+
+  size_t bytes_;
+  const bool is_mapped_;
   std::atomic<int64_t> owners_{kOwners};
 };
 
@@ -65,6 +79,9 @@ Piece SlabArena::take(size_t bytes, size_t alignment) {
   if (slab_ == nullptr || begin + bytes > size_) {
     const size_t whole = std::clamp(2 * (size_ + sizeof(Slab)), kFirstSlab, kLargestSlab);
     Slab* next = Slab::create(std::max(bytes + sizeof(Slab), whole));
+    if (slab_ != nullptr) {
+      slab_->trim(used_);
+    }
     retire();
     slab_ = next;
     size_ = next->size();

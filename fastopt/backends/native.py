@@ -7,13 +7,16 @@ ValueError where FASTOPT_CPU_TARGET names no instruction set of this machine.
 import os
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
+from torch.utils.serialization import config
 
 from fastopt import _C
 from fastopt.backends import python
 from fastopt.backends.interface import Rules, State
+from fastopt.files.staging import write_tensors
 
 name = "native"
 _CPU = torch.device("cpu")  # unlike "cpu:0", which to torch is another device, and a copy
@@ -51,7 +54,15 @@ def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], 
         return python.cast_state(saved_state, id_map, rules)
     state: State = defaultdict(dict)
     walked = _C.cast_state(
-        saved_state, id_map, rules.hosted_on_device or None, rules.rule_of, rules.memo, state, rules.audits, rules.gives
+        saved_state,
+        id_map,
+        rules.hosted_on_device or None,
+        rules.rule_of,
+        rules.memo,
+        state,
+        rules.audits,
+        rules.gives,
+        rules.reads_files,
     )
     if walked is None:  # too odd for the native walk: what it has begun is dropped
         if rules.memo is not None:
@@ -88,3 +99,13 @@ def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list
         if result is None:
             results[index] = python.to_entry(index, tensors[index], options, copy)
     return results
+
+
+def write_torch_file(fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -> None:
+    write_large = partial(write_tensors, fd)
+    if not _C.write_torch_file(fd, content, dict(dtypes), config.save.storage_alignment, write_large):
+        python.write_torch_file(fd, content, dtypes)
+
+
+def read_torch_file(path: str | os.PathLike[str]) -> tuple[Any] | None:
+    return _C.read_torch_file(os.fsencode(path))

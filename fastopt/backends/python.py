@@ -1,5 +1,6 @@
 """The pure-Python backend: complete, and the reference that the native one is held to."""
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import chain
@@ -9,6 +10,7 @@ import torch
 
 from fastopt.backends.interface import Rules, State
 from fastopt.errors import OverlapError, describe_tensor
+from fastopt.files import torch_zip
 
 name = "python"
 
@@ -53,6 +55,14 @@ def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool
 
 def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list[torch.Tensor]:
     return [to_entry(index, tensor, options, copy) for index, tensor in enumerate(tensors)]
+
+
+def write_torch_file(fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -> None:
+    torch_zip.write(fd, content, dtypes)
+
+
+def read_torch_file(path: str | os.PathLike[str]) -> tuple[Any] | None:
+    return None
 
 
 def copy_entry(index: int, dst: torch.Tensor, src: torch.Tensor, non_blocking: bool) -> None:
