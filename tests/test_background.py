@@ -334,7 +334,7 @@ def test_a_wait_that_times_out_asks_for_nothing(path, gate):
 
 
 def test_a_copy_that_fails_fails_at_once(path, monkeypatch):
-    def refuse(*_):
+    def refuse(*_: object, **__: object):
         raise MemoryError("no room")
 
     monkeypatch.setattr(checkpoint, "snapshot", refuse)
