@@ -133,8 +133,8 @@ std::span<const Test> file_tests() {
   static constexpr std::array kTests{
       TEST(test_threads_cast_what_a_file_holds_as_if_it_were_in_memory),
       TEST(test_threads_that_reach_the_end_of_a_file_too_early_raise_one_error),
-      TEST(test_a_window_holds_what_is_asked_of_it_in_any_order),
       TEST(test_a_file_that_cannot_be_read_raises_its_error),
+      TEST(test_a_window_holds_what_is_asked_of_it_in_any_order),
   };
   return kTests;
 }
