@@ -52,6 +52,10 @@ class Cast:
         self.reads_files = reads_files and not optimizer._optimizer_load_state_dict_pre_hooks
         self.report = LoadReport(self.backend.name, audit={} if audit else None)
 
+    def saved_state(self, state_dict: Any) -> Any:
+        """What of the dict `cast_state` is given."""
+        return state_dict["state"]
+
     def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:
         """The optimizer's new state; `params` are the parameters by saved id."""
         return self.backend.cast_state(saved_state, params, self)

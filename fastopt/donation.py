@@ -13,6 +13,7 @@ from fastopt.backends.interface import Group, State
 from fastopt.casting import Cast, bytes_of
 from fastopt.containers import tensors_of
 from fastopt.policy import Policy
+from fastopt.report import TAKEN_OVER
 
 PORTION = 32 * 2**20
 """Bytes that are cast before their sources are released: enough to keep all threads at work."""
@@ -33,17 +34,27 @@ class CastDonated(Cast):
         super().__init__(optimizer, saved_groups, copy=False, policy=policy, audit=audit)
         self.given = given
         self.gives = True
+        self.report.fate = TAKEN_OVER
         self.ours: set[int] = set()
 
-    def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:
-        """The new state; the saved one is empty then, and so is the dict that was given.
+    def saved_state(self, state_dict: Any) -> Any:
+        """The state, taken out of the dict that was given and, where a pre-hook put another in its place, of that.
+
+        Both are empty then: a dict without its state must not be taken for one.
 
         Raises:
-            TypeError: nothing can be taken out of the saved state.
+            TypeError: nothing can be taken out of the dict or of the state.
         """
-        if not isinstance(saved_state, MutableMapping):
-            raise TypeError(f"donate: nothing can be taken out of the state, a {type(saved_state).__name__}")
-        self.given.clear()  # a dict without its state must not be taken for one
+        state = super().saved_state(state_dict)
+        for name, mapping in {"dict": self.given, "state": state}.items():
+            if not isinstance(mapping, MutableMapping):
+                raise TypeError(f"donate: nothing can be taken out of the {name}, a {type(mapping).__name__}")
+        self.given.clear()
+        state_dict.clear()
+        return state
+
+    def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:
+        """The new state; the saved one is empty then."""
         state: State = defaultdict(dict)
         for portion in portions(saved_state):
             self.ours = nobody_elses(portion)

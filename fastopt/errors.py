@@ -44,6 +44,21 @@ def note_wrong_arguments(error: Exception, optimizer: Any, state_dict: Any) -> N
         file_first = "; load the file first, e.g. torch.load(path, weights_only=True)"
         hint = file_first if isinstance(state_dict, str | os.PathLike) else ""
         error.add_note(f"state_dict is {_kind(state_dict)}, not a dict{hint}")
+    else:
+        note_missing_keys(error, state_dict)
+
+
+def note_missing_keys(error: Exception, state_dict: Mapping[Any, Any]) -> None:
+    """Add to a KeyError what a dict is that is no optimizer's state dict."""
+    if not isinstance(error, KeyError) or ("state" in state_dict and "param_groups" in state_dict):
+        return
+    if not state_dict:
+        error.add_note("the dict is empty, as one is that was given away to a load (donate=True)")
+        return
+    keys = list(map(repr, state_dict))
+    inner = [key for key, value in state_dict.items() if isinstance(value, Mapping) and "param_groups" in value]
+    hint = "".join(f"; an optimizer's state dict is at {key!r}" for key in inner)
+    error.add_note(f"the dict holds {', '.join(keys[:8])}{' and more' if len(keys) > 8 else ''}{hint}")
 
 
 def _kind(value: Any) -> str:

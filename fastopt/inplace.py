@@ -1,6 +1,7 @@
 """Loading into the tensors that an optimizer already holds."""
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from fastopt.backends.interface import Group
 from fastopt.casting import Cast
 from fastopt.containers import is_leaf, rebuilt
 from fastopt.errors import OverlapError, describe_parameter, describe_tensor
+from fastopt.report import LEFT
 from fastopt.text import counted, ranges
 
 
@@ -45,6 +47,7 @@ class CastInPlace(Cast):
         super().__init__(optimizer, saved_groups, copy=True)
         self.backend = python  # walks the state; the bytes, nearly all of the work, are for the backend in use
         self.replace = replace
+        self.report.fate = LEFT
         self.held_state: Mapping[Any, Any] = optimizer.state
         self.held: list[torch.Tensor] = []
         self.saved: list[torch.Tensor] = []
@@ -105,11 +108,13 @@ class CastInPlace(Cast):
 
     def held_tensor(self, held: Any, saved: torch.Tensor, place: str) -> torch.Tensor:
         """The held tensor, noted to be filled."""
-        was_saved = f"where {describe_tensor(saved)} was saved"
+        was_saved = f'where {describe_tensor(saved)} was saved (inplace="auto" puts a new one there)'
         if not isinstance(held, torch.Tensor):
             raise ValueError(f"inplace: the optimizer holds no tensor at {place}, {was_saved}")
         if held.shape != saved.shape:
             raise ValueError(f"inplace: the optimizer holds {describe_tensor(held)} at {place}, {was_saved}")
+        if reason := why_not_written(held, saved):
+            raise ValueError(f"inplace: the optimizer holds {describe_tensor(held)} at {place}, {reason}, {was_saved}")
         if saved.is_meta and not held.is_meta:
             raise ValueError(f"inplace: {describe_tensor(saved)}, saved at {place}, has no values")
         partner = self.partners.get(id(held))
@@ -128,9 +133,10 @@ class CastInPlace(Cast):
         Raises:
             ValueError: two of the held tensors overlap. Nothing was written then.
         """
+        self.saved = apart(self.held, self.saved)
         for held, saved in zip(self.held, self.saved, strict=True):
             self.count_tensor(saved, held, copied=False)
-        self.report.filled = len(self.held)
+        self.report.filled = len(self.held) - self.report.shared  # with itself, as in the optimizer's own live state
         try:
             with torch.no_grad():
                 current().copy_(self.held, self.saved, False, self.begun)
@@ -161,3 +167,39 @@ class CastInPlace(Cast):
             param, _, place = self.places[entry]
             indices.setdefault(place, []).append(index_of[id(param)])
         return ", ".join(f"{p} of parameter {ranges(sorted(found))}" for p, found in indices.items()) or "none"
+
+
+def why_not_written(held: torch.Tensor, saved: torch.Tensor) -> str | None:
+    """What would make torch refuse to copy one tensor into another of its shape, as far as that can be known before."""
+    if held.is_inference() and not torch.is_inference_mode_enabled():
+        return "which only inference mode may write"
+    if held.layout is not saved.layout:
+        return f"which is {held.layout} and not {saved.layout}"
+    if held.layout is torch.strided and 0 in held.stride() and not held.is_contiguous():
+        return "which is expanded, many elements in one place"
+    return None
+
+
+def apart(held: Sequence[torch.Tensor], saved: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The saved tensors, with copies in place of those that the filling of another held one might change.
+
+    A batch judges dense tensors itself, and refuses those that overlap; others, as rows of a wider buffer, may
+    interleave and not overlap.
+    """
+    if not any(is_ordinary(tensor) and not tensor.is_contiguous() for tensor in chain(held, saved)):
+        return list(saved)
+    buffers = Counter(memory_of(tensor) for tensor in held)
+    return [
+        one.clone() if buffers[memory_of(one)] > (memory_of(own) == memory_of(one)) and one is not own else one
+        for own, one in zip(held, saved, strict=True)
+    ]
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """What tensors have in common that are views of one memory."""
+    return tensor.untyped_storage().data_ptr() if is_ordinary(tensor) else id(tensor)
+
+
+def is_ordinary(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory is known, as that of a subclass is not."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from numbers import Integral
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch.optim import Optimizer
@@ -31,8 +31,8 @@ class Saved(NamedTuple):
 
 
 def match(
-    state_dict: StateDict,
-    optimizer: Optimizer,
+    state_dict: StateDict | Optimizer,
+    optimizer: Optimizer | StateDict,
     *,
     by: str = "name",
     rename: Rename | None = None,
@@ -42,8 +42,8 @@ def match(
     """Make a saved state dict fit an optimizer whose parameters were reordered, regrouped, added, removed or renamed.
 
     The result has the optimizer's groups, and numbers the parameters as its own state dict would: `load_state_dict`
-    takes it, torch's and fastopt's. In a pre-hook of loading, this happens by itself:
-    `optimizer.register_load_state_dict_pre_hook(lambda optimizer, state_dict: fastopt.match(state_dict, optimizer))`.
+    takes it, torch's and fastopt's. As a pre-hook of loading, which gets the two in the other order, it takes them so
+    too: `optimizer.register_load_state_dict_pre_hook(fastopt.match)`, or a `functools.partial` of it with options.
 
     Hyperparameters: a group takes each one from the saved groups of its matched parameters, where those agree. Where
     they differ, or some of them lack it, that is a problem; without `strict` the group keeps its present value. A group
@@ -76,6 +76,9 @@ def match(
     """
     if by != "name":
         raise ValueError(f"match: by={by!r}; parameters are matched by 'name'")
+    if isinstance(state_dict, Optimizer):
+        state_dict, optimizer = cast(StateDict, optimizer), state_dict
+    optimizer = cast(Optimizer, optimizer)
     try:
         with paused_collector():
             result, problems = matched(state_dict, optimizer, rename, named_parameters)

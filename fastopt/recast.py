@@ -1,11 +1,13 @@
 """Casting and moving the state that an optimizer holds: the `optimizer.to()` that torch does not have."""
 
+import time
+
 from torch.optim import Optimizer
 
 from fastopt.casting import Cast
 from fastopt.collector import paused_collector
 from fastopt.policy import Devices, DTypes, Policy
-from fastopt.report import LoadReport
+from fastopt.report import LEFT, LoadReport
 from fastopt.state_dict import id_map, packed
 
 
@@ -57,13 +59,15 @@ def cast_state(optimizer: Optimizer, policy: DTypes) -> LoadReport:
 
 def recast(optimizer: Optimizer, policy: Policy) -> LoadReport:
     """Give the optimizer's state the dtypes and devices of a policy."""
+    started = time.perf_counter()
     with paused_collector():
         live = packed(optimizer)
         cast = Cast(optimizer, live["param_groups"], copy=False, policy=policy)
-        cast.report.recast = True
+        cast.report.recast, cast.report.fate = True, LEFT
         state = cast.cast_state(live["state"], id_map(live["param_groups"], optimizer.param_groups))
         if cast.report.emptied:
             raise ValueError(f"{cast.report.emptied} tensors would go to the meta device, which holds no values")
         cast.report.unused_patterns = cast.policy.unused()
         optimizer.state = state
+    cast.report.seconds = time.perf_counter() - started
     return cast.report

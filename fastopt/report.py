@@ -15,6 +15,10 @@ ENOUGH_FOR_A_RATE = 1_000_000
 DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "row_var", "col_var", "variance", "exp_inf")
 """State keys of second moments, by the root of which steps are divided, in torch's optimizers."""
 
+SHARED = "shared {:,} with the dict that was loaded"
+LEFT = "left {:,} as they were"
+TAKEN_OVER = "took over {:,} as they were"
+
 
 @dataclass
 class CastCount:
@@ -38,7 +42,8 @@ class LoadReport:
     copied: int = 0
     """Tensors that needed no cast and were copied, as `copy=True` asks."""
     shared: int = 0
-    """Tensors that needed no cast and are now the optimizer's and the dict's alike, as `copy=False` allows."""
+    """Tensors that needed no cast and stay the objects that they are: of the dict, as `copy=False` allows and
+    `donate=True` asks, or of the optimizer itself."""
     filled: int = 0
     """Tensors of the optimizer's own that were filled, as `inplace=True` asks."""
     missing: list[int] = field(default_factory=list)
@@ -53,10 +58,12 @@ class LoadReport:
     """What casts did to values, as `audit=True` asks: by state key, saved and final dtype."""
     unaudited: int = 0
     """Tensors that `audit=True` could not look at: complex, sparse, on the meta device, of classes of their own."""
+    fate: str = SHARED
+    """How it prints what is `shared`."""
     recast: bool = False
     """Whether the state was the optimizer's own, as in `to_device` and `cast_state`."""
     emptied: int = 0
-    """Tensors whose values are gone, as they went to parameters on the meta device."""
+    """Tensors whose values are gone, as they went to the meta device."""
 
     @property
     def tensors(self) -> int:
@@ -101,8 +108,7 @@ class LoadReport:
         if self.copied:
             lines.append(f"  copied {self.copied:,} unchanged")
         if self.shared:
-            fate = "left {:,} as they were" if self.recast else "shared {:,} with the dict that was loaded"
-            lines.append("  " + fate.format(self.shared))
+            lines.append("  " + self.fate.format(self.shared))
         if self.filled:
             lines.append(f"  filled {self.filled:,} in place")
         if self.replaced:
@@ -118,7 +124,7 @@ class LoadReport:
         if self.unused_patterns:
             lines.append(f"  no key of the state fits {some(self.unused_patterns)}, given in policy or device")
         if self.emptied:
-            lines.append(f"  values lost to parameters on the meta device: {counted(self.emptied, 'tensor')}")
+            lines.append(f"  values lost to the meta device: {counted(self.emptied, 'tensor')}")
         for (state_key, source, target), seen in (self.audit or {}).items():
             lines += _audit_lines(state_key, f"{dtype_name(source)} to {dtype_name(target)}", seen)
         if self.unaudited:

@@ -111,7 +111,8 @@ def load_state_dict(
             never in memory both: 32 MiB at a time, and the tensors of a larger parameter in parts (with the Python
             backend, and for what takes rules of Python, one parameter's as a whole). What somebody else holds, or is in
             memory that torch's allocator did not make, stays. What needs no cast is taken over, whatever `copy` says.
-            From the first cast on the dict is empty, also after an error; loading it again is a KeyError.
+            From the first cast on the dict is empty, also after an error, and so is one that a pre-hook put in its
+            place; loading it again is a KeyError.
         audit: whether casts from one dtype to another are looked at, value by value: what overflows to infinity or
             underflows to zero, and how much is rounded away, by key and dtypes in the report's `audit`.
 
@@ -129,7 +130,8 @@ def load_state_dict(
         Exception: whatever torch raises for a value that it cannot cast, with a note that names parameter and key.
 
     After any error but one of a post-hook the optimizer is as it was, a KeyboardInterrupt included. With `inplace`,
-    where an error while the values are written is too late for that, a note says so.
+    where an error while the values are written is too late for that, a note names the tensors that were filled, and the
+    one that may be in part; all others are as they were.
     """
     return load_checked(
         optimizer, state_dict, lambda: cast_by(state_dict, copy, Policy(policy, device), inplace, donate, audit)
@@ -195,7 +197,7 @@ def load(optimizer: Optimizer, state_dict: StateDict, make_cast: MakeCast) -> Lo
 
         params = id_map(saved_groups, groups)  # checks the groups first
         cast = make_cast(optimizer, state_dict["param_groups"])
-        state = cast.cast_state(state_dict["state"], params)
+        state = cast.cast_state(cast.saved_state(state_dict), params)
         cast.report.unused_patterns = cast.policy.unused()
         cast.report.missing = missing_indices(state, groups, len(cast.report.unexpected))
 

@@ -249,6 +249,20 @@ def test_nans_of_all_bits_hide_nothing(bits, target):
     assert (count.values, count.nan, count.inf) == (4096, 1, 1)
 
 
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_a_lone_nan_is_found_wherever_it_is(source, target):
+    """All of its bits are set, as in those that CUDA makes: rounded as a number it would be zero."""
+    places = [0, 40, 1024, 1025, 1039, 1050, 1052]
+    value = torch.ones(len(places), 1053, dtype=source)
+    words = value.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[source.itemsize])
+    for row, place in zip(words, places, strict=True):
+        row[place] = torch.iinfo(words.dtype).max
+    optimizer = Bare([parameter(3, dtype=target)])
+    state = {f"row {place}": row.clone() for row, place in zip(value, places, strict=True)}
+    report = fastopt.load_state_dict(optimizer, saved({0: state}), audit=True)
+    assert [(seen.values, seen.nan) for seen in report.audit.values()] == [(1053, 1)] * len(places)
+
+
 @pytest.mark.parametrize("target", [BF16, F16], ids=str)
 def test_zeros_are_neither_lost_nor_do_they_hide_what_is(target):
     value = torch.zeros(5000)

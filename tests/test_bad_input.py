@@ -153,6 +153,39 @@ def test_what_is_no_state_dict_is_named(state_dict, note, copy):
     assert error.__notes__ == [note]
 
 
+@pytest.mark.parametrize(
+    ("state_dict", "note"),
+    [
+        ({}, "the dict is empty, as one is that was given away to a load (donate=True)"),
+        ({"state": {}}, "the dict holds 'state'"),
+        (
+            {"model": {}, "optimizer": saved(), "epoch": 3},
+            "the dict holds 'model', 'optimizer', 'epoch'; an optimizer's state dict is at 'optimizer'",
+        ),
+        (dict.fromkeys(range(9)), "the dict holds 0, 1, 2, 3, 4, 5, 6, 7 and more"),
+    ],
+    ids=["given away", "no groups", "a whole checkpoint", "many keys"],
+)
+def test_a_dict_that_is_no_state_dict_says_what_it_is(state_dict, note, copy):
+    error = load_both(lambda: trained(adam()), state_dict, copy)
+    assert error.__notes__ == [note]
+    for call in (
+        lambda: fastopt.summary(state_dict),
+        lambda: fastopt.diff(adam(), state_dict),
+        lambda: fastopt.diff(state_dict, adam()),
+        lambda: fastopt.match(state_dict, adam()),
+    ):
+        with pytest.raises(KeyError) as caught:
+            call()
+        assert caught.value.__notes__ == [note]
+
+
+@pytest.mark.parametrize("call", [fastopt.summary, lambda path: fastopt.diff(path, adam())])
+def test_a_file_name_is_no_state(call):
+    with pytest.raises(TypeError, match=r"'ck\.pt' is a str, neither an optimizer nor a state dict; `fastopt inspect`"):
+        call("ck.pt")
+
+
 def test_swapped_arguments_are_named(copy):
     optimizer = trained(adam())
     before = fingerprint(optimizer)
@@ -173,7 +206,7 @@ def test_a_model_in_place_of_its_optimizer_is_named(copy):
 
 def test_an_error_with_right_arguments_gets_no_note_about_them(copy):
     error = load_both(lambda: trained(adam()), BAD["missing state"](), copy)
-    assert not hasattr(error, "__notes__")
+    assert error.__notes__ == ["the dict holds 'param_groups'"]
 
 
 @pytest.mark.parametrize("ids", [["a", "b", "c"], [(1,), None, 2.5]])

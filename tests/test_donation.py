@@ -3,6 +3,7 @@
 import copy as copying
 import sys
 import weakref
+from functools import partial
 from types import MappingProxyType
 
 import numpy
@@ -87,6 +88,7 @@ def test_what_needs_no_cast_is_taken_over():
     [state] = optimizer.state.values()
     assert state["m"].data_ptr() == address
     assert report.shared == 1
+    assert str(report).splitlines()[1:] == ["  took over 1 as they were"]
 
 
 def test_another_optimizers_live_state_stays_its_own():
@@ -94,6 +96,31 @@ def test_another_optimizers_live_state_stays_its_own():
     before = fingerprint(source)
     fastopt.load_state_dict(target, source.state_dict(), donate=True)
     assert fingerprint(source) == before
+
+
+def test_so_is_one_that_a_hook_puts_in_its_place(portion):
+    kept, optimizer = copying.deepcopy(TORCH_STATE_DICT(trained(adam()))), adam()
+    handle = optimizer.register_load_state_dict_pre_hook(lambda optimizer, state_dict: kept)
+    given = saved({})
+    fastopt.load_state_dict(optimizer, given, donate=True)
+    assert given == kept == {}
+    handle.remove()
+    before = fingerprint(optimizer)
+    for empty in (given, kept):
+        with pytest.raises(KeyError, match="param_groups"):
+            fastopt.load_state_dict(optimizer, empty)
+    assert fingerprint(optimizer) == before
+
+
+def test_a_matched_dict_is_released_as_well(monkeypatch):
+    monkeypatch.setattr(donation, "PORTION", 1)
+    optimizer = torch.optim.SGD([("b", parameter(3, dtype=BF16)), ("a", parameter(4, dtype=BF16))])
+    state_dict = saved({i: {"m": tensor(3 + i)} for i in range(2)}, params=range(2), param_names=["b", "a"], lr=1.0)
+    sources = [weakref.ref(state["m"].untyped_storage()) for state in state_dict["state"].values()]
+    optimizer.register_load_state_dict_pre_hook(partial(fastopt.match, strict=False))
+    fastopt.load_state_dict(optimizer, state_dict, donate=True)
+    assert state_dict == {}
+    assert not any(source() for source in sources)
 
 
 def test_what_fails_before_the_first_cast_leaves_the_dict_whole():
@@ -105,6 +132,10 @@ def test_what_fails_before_the_first_cast_leaves_the_dict_whole():
     frozen = {**saved({}, params=(0, 1)), "state": MappingProxyType({0: {}})}
     with pytest.raises(TypeError, match="donate: nothing can be taken out of the state, a mappingproxy"):
         fastopt.load_state_dict(optimizer, frozen, donate=True)
+    with pytest.raises(TypeError, match="donate: nothing can be taken out of the dict, a mappingproxy"):
+        fastopt.load_state_dict(
+            optimizer, MappingProxyType(state_dict | {"param_groups": frozen["param_groups"]}), donate=True
+        )
     assert fingerprint(state_dict) == before
     assert len(frozen) == 2
 

@@ -115,7 +115,9 @@ def test_nested_containers_are_rebuilt_around_the_held_tensors(backend):
 def test_the_optimizers_own_live_state_dict(backend):
     optimizer = trained(adam((3,), (4, 2)))
     before, values = addresses(optimizer), [tensor.clone() for tensor in tensors(optimizer)]
-    fastopt.load_state_dict(optimizer, optimizer.state_dict(), inplace=True)
+    report = fastopt.load_state_dict(optimizer, optimizer.state_dict(), inplace=True)
+    assert (report.filled, report.shared, report.bytes_written) == (0, 6, 0)
+    assert str(report).splitlines()[1:] == ["  left 6 as they were"]
     assert addresses(optimizer) == before
     assert all(torch.equal(one, other) for one, other in zip(tensors(optimizer), values, strict=True))
 
@@ -201,6 +203,60 @@ def test_version_counters_move(backend):
     before = [tensor._version for tensor in tensors(optimizer)]
     fastopt.load_state_dict(optimizer, copy.deepcopy(optimizer.state_dict()), inplace=True)
     assert all(tensor._version > version for tensor, version in zip(tensors(optimizer), before, strict=True))
+
+
+def inference_tensor():
+    with torch.inference_mode():
+        return torch.zeros(3)
+
+
+UNWRITABLE = {
+    "inference": (inference_tensor, torch.ones(3), "which only inference mode may write"),
+    "expanded": (lambda: torch.zeros(1).expand(3), torch.ones(3), "which is expanded, many elements in one place"),
+    "sparse held": (
+        lambda: torch.eye(3).to_sparse(),
+        torch.ones(3, 3),
+        "which is torch.sparse_coo and not torch.strid",
+    ),
+    "sparse saved": (lambda: torch.eye(3), torch.eye(3).to_sparse(), "which is torch.strided and not torch.sparse_coo"),
+}
+
+
+@pytest.mark.parametrize("kind", UNWRITABLE)
+def test_what_torch_will_not_write_is_known_before_anything_is_written(backend, kind):
+    make, value, text = UNWRITABLE[kind]
+    params = [parameter(3), parameter(3)]
+    optimizer, first, odd = Bare(params), torch.zeros(2), make()
+    optimizer.state[params[0]] = {"a": first}
+    optimizer.state[params[1]] = {"a": odd}
+    state_dict = {"state": {0: {"a": torch.ones(2)}, 1: {"a": value}}, "param_groups": [{"params": [0, 1]}]}
+    with pytest.raises(ValueError, match=text):
+        fastopt.load_state_dict(optimizer, state_dict, inplace=True)
+    assert not first.any()
+    report = fastopt.load_state_dict(optimizer, state_dict, inplace="auto")
+    assert report.replaced == [(1, "state['a']")]
+    assert optimizer.state[params[0]]["a"] is first
+    assert optimizer.state[params[1]]["a"] is not odd
+    assert torch.equal(optimizer.state[params[1]]["a"].to_dense(), value.to_dense())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_strided_tensors_of_the_optimizers_own_change_places(backend, shared):
+    memory = torch.arange(24.0).reshape(6, 4)
+    held = [memory[:, :1], memory[:, 1:2], memory.clone()[:, 2:3] if shared else torch.zeros(6, 1)]
+    values = [tensor.clone() for tensor in held]
+    params = [parameter(3) for _ in held]
+    optimizer = Bare(params)
+    for param, tensor in zip(params, held, strict=True):
+        optimizer.state[param] = {"a": tensor}
+    live = optimizer.state_dict()
+    state = {index: live["state"][(index + 1) % 3] for index in range(3)}
+    fastopt.load_state_dict(optimizer, {**live, "state": state}, inplace=True)
+    for index, tensor in enumerate(held):
+        assert optimizer.state[params[index]]["a"] is tensor
+        assert torch.equal(tensor, values[(index + 1) % 3])
+    fastopt.load_state_dict(optimizer, optimizer.state_dict(), inplace=True)
+    assert all(torch.equal(tensor, values[(index + 1) % 3]) for index, tensor in enumerate(held))
 
 
 # ---- what cannot be taken back ----

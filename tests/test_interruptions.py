@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 
 def interrupted(call, at, kind=KeyboardInterrupt):
-    """What a call that is interrupted before its `at`-th line within fastopt or Adam raises, and whether it has so many
+    """What a call raises that fails before its `at`-th line within fastopt or Adam, and whether it has so many.
 
     None where it goes on: a description that fails must not hide the error that it describes.
     """

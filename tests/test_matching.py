@@ -1,6 +1,7 @@
 """`fastopt.match`; the oracle is a run of stock torch that goes on without a change of its parameters."""
 
 import copy as copying
+import functools
 import random
 import re
 import time
@@ -223,13 +224,21 @@ def test_a_wrapper_s_prefix(load, prefix):
     fastopt.match(saved_by(new), optimizer, rename=lambda name: prefix + name)
 
 
+HOOKS = {
+    "itself": fastopt.match,
+    "with options": functools.partial(fastopt.match, strict=False),
+    "called": lambda optimizer, state_dict: fastopt.match(state_dict, optimizer),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("method", ["torch's", "fastopt's", "installed"])
-def test_as_a_pre_hook(method):
+def test_as_a_pre_hook(method, hook):
     model, optimizer = trained_net()
     new_model, new = resumed(model, lambda m: adamw(decayed(m), weight_decay=0.1), ("head", "second", "first"))
     for group in new.param_groups:
         group["weight_decay"] = 7
-    new.register_load_state_dict_pre_hook(lambda optimizer, state_dict: fastopt.match(state_dict, optimizer))
+    new.register_load_state_dict_pre_hook(HOOKS[hook])
     state_dict = saved_by(optimizer)
     before = fingerprint(state_dict)
     if method == "fastopt's":

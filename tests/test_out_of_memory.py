@@ -44,7 +44,7 @@ act(saved(), path)  # threads, libraries and slabs are there now
 begin()
 gc.collect()
 failed = 0
-for margin in [0, 1, 2, 3, 5, 8, 13, 21, 34]:
+for margin in [0, 1, 3, 8, 21]:
     given, before = saved(), digest()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (size() + (margin << 20), hard))
@@ -76,9 +76,8 @@ print(failed)
         "fastopt.load_state_dict(optimizer, given, policy='keep')",
         "fastopt.load_state_dict(optimizer, given, policy={'m': 'keep', 'v': 'reference'}, audit=True)",
         "fastopt.load_state_dict(optimizer, given, inplace='auto')",
-        "fastopt.load_state_dict(optimizer, given, donate=True)",
+        "fastopt.load_state_dict(optimizer, given, policy=torch.float64, donate=True)",
         "fastopt.load(optimizer, path)",
-        "fastopt.load(optimizer, path, inplace='auto')",
         "fastopt.cast_state(optimizer, torch.float64)",
         "fastopt.to_device(optimizer, 'cpu:0')",  # another device to torch, and so a copy
     ],

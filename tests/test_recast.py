@@ -60,6 +60,7 @@ def test_the_reference_casts_as_a_load_of_ones_own_state(name, dtype):
     Comparison().same(TORCH_STATE_DICT(actual), TORCH_STATE_DICT(expected))
     assert identities(actual) == groups
     assert report.tensors > 0
+    assert report.seconds > 0
     if dtype is F32:
         assert report.shared == report.tensors
         assert f"left {report.shared} as they were" in str(report)

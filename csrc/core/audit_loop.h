@@ -2,10 +2,11 @@
 // cast_loop.h, and for the same reason all of it has internal linkage).
 //
 // Note [Ordinary blocks]
-// Nearly all values of nearly all states are ordinary: zero, or finite and normal in the new dtype. So a block is first
-// looked at as a whole: its largest result, its smallest value that is not zero (less one bit, zero is the largest
-// unsigned number), and whether any error is larger than the largest so far. Only where
-// that says that something is not ordinary are its values counted one by one.
+// Nearly all values of nearly all states are ordinary: zero, or finite and normal in the new dtype, with a rounding
+// error that is at most the largest so far. A block is first asked whether all of it is, and only if not are its values
+// counted one by one. What is NaN or infinite, before or after, has an error that is NaN or larger than any limit, and
+// what becomes zero has one as large as itself; so "at most" finds these as well. "Larger" would not find the NaNs, nor
+// do their results: rounding may turn a NaN with all bits set, which is CUDA's own, into zero.
 #pragma once
 
 #include <algorithm>
@@ -51,6 +52,14 @@ constexpr W kSmallestNormal<float16, W> = W{0x1p-14};
 template <class Src, class Dst>
 constexpr bool kExact = std::is_same_v<Dst, double> || (std::is_same_v<Dst, float> && !std::is_same_v<Src, double>);
 
+// Whether a value that is normal in one dtype may be subnormal in another.
+template <class Src, class Dst>
+constexpr bool kNarrowsRange = kSmallestNormal<Src, double> < kSmallestNormal<Dst, double>;
+
+// The most that may be the largest error so far. With one next to 1, its product with a value could round to that
+// value, and let pass one of which nothing is left.
+constexpr float kTolerated = 0.5f;
+
 template <class Src>
 Wide<Src> value_at(const char* src, int64_t index) {
   Src value;
@@ -93,22 +102,22 @@ W after_cast(W value) {
 template <class Src, class Dst>
 bool is_ordinary(const char* src, int64_t count, Wide<Src> largest_error) {
   using W = Wide<Src>;
-  BitsOf<W> largest = 0;
-  BitsOf<W> smallest = std::numeric_limits<BitsOf<W>>::max();
-  BitsOf<W> worse = 0;
+  const W tolerated = std::min(largest_error, W{kTolerated});
+  BitsOf<W> odd = 0;
   for (int64_t i = 0; i < count; ++i) {
     const W before = value_at<Src>(src, i);
     if constexpr (kExact<Src, Dst>) {
-      largest = std::max(largest, magnitude(before));
+      odd |= static_cast<BitsOf<W>>(magnitude(before) >= kInfinity<W>);
     } else {
-      const W after = after_cast<Dst>(before);
-      largest = std::max(largest, magnitude(after));
-      smallest = std::min(smallest, static_cast<BitsOf<W>>(magnitude(before) - 1));
-      worse |= static_cast<BitsOf<W>>(std::abs(before - after) > largest_error * std::abs(before));
+      const W error = std::abs(before - after_cast<Dst>(before));
+      odd |= static_cast<BitsOf<W>>(!(error <= tolerated * std::abs(before)));
+      if constexpr (kNarrowsRange<Src, Dst>) {
+        constexpr auto normal = std::bit_cast<BitsOf<W>>(kSmallestNormal<Dst, W>);
+        odd |= static_cast<BitsOf<W>>(magnitude(before) - 1 < normal - 1);  // less one, zero is the largest of all
+      }
     }
   }
-  constexpr auto normal = std::bit_cast<BitsOf<W>>(kSmallestNormal<Dst, W>);
-  return largest < kInfinity<W> && (kExact<Src, Dst> || (smallest >= normal - 1 && worse == 0));
+  return odd == 0;
 }
 
 // Without a branch, so that it becomes vector code: a state that is too small for its new dtype has no ordinary block.

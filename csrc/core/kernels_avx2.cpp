@@ -95,44 +95,41 @@ struct SixteenLanes {
 
   static void fence() { _mm_sfence(); }
 
-  // The largest magnitude of results, the smallest of values less one bit, unsigned, so that zero is the largest, and
-  // whether an error was larger than a given one.
+  // Which lanes have seen only ordinary values.
   template <class Src, class Dst>
   class Watch {
    public:
-    explicit Watch(float largest_error) : largest_error_(_mm256_set1_ps(largest_error)) {}
+    explicit Watch(float largest_error) : tolerated_(_mm256_set1_ps(std::min(largest_error, kTolerated))) {}
 
     void see(const Lanes& lanes) {
-      see_eight(lanes.low);
-      see_eight(lanes.high);
+      low_ = see_eight(lanes.low, low_);
+      high_ = see_eight(lanes.high, high_);
     }
 
-    bool saw_only_ordinary() const {
-      const __m256i largest_finite = _mm256_set1_epi32(static_cast<int>(kInfinity<float>) - 1);
-      __m256i odd = _mm256_cmpgt_epi32(largest_, largest_finite);
-      if constexpr (!kExact<Src, Dst>) {
-        const __m256i below_normal = _mm256_set1_epi32(std::bit_cast<int>(kSmallestNormal<Dst, float>) - 1);
-        const __m256i is_normal = _mm256_cmpeq_epi32(_mm256_max_epu32(smallest_, below_normal), smallest_);
-        odd = _mm256_or_si256(odd, _mm256_castps_si256(worse_));
-        odd = _mm256_or_si256(odd, _mm256_xor_si256(is_normal, _mm256_set1_epi32(-1)));
-      }
-      return _mm256_movemask_epi8(odd) == 0;
-    }
+    bool saw_only_ordinary() const { return _mm256_movemask_ps(_mm256_or_ps(low_, high_)) == 0; }
 
    private:
-    void see_eight(__m256 before) {
-      const __m256 after = result(before);
-      largest_ = _mm256_max_epi32(largest_, _mm256_castps_si256(magnitude(after)));
-      if constexpr (!kExact<Src, Dst>) {
-        const __m256 size = magnitude(before);
-        smallest_ = _mm256_min_epu32(smallest_, _mm256_add_epi32(_mm256_castps_si256(size), _mm256_set1_epi32(-1)));
-        const __m256 limit = _mm256_mul_ps(size, largest_error_);
-        const __m256 error = magnitude(_mm256_sub_ps(before, after));
-        worse_ = _mm256_or_ps(worse_, _mm256_cmp_ps(error, limit, _CMP_GT_OQ));
+    // The lanes of `odd`, and those that are now: by their sign bits.
+    __m256 see_eight(__m256 before, __m256 odd) const {
+      const __m256 size = magnitude(before);
+      if constexpr (kExact<Src, Dst>) {
+        return _mm256_or_ps(odd,
+                            _mm256_cmp_ps(size, _mm256_set1_ps(std::numeric_limits<float>::infinity()), _CMP_NLT_UQ));
+      } else {
+        const __m256 error = magnitude(_mm256_sub_ps(before, result(before)));
+        odd = _mm256_or_ps(odd, _mm256_cmp_ps(error, _mm256_mul_ps(size, tolerated_), _CMP_NLE_UQ));
+        if constexpr (kNarrowsRange<Src, Dst>) {
+          // zero less one bit is negative, and so is neither between zero and the smallest normal number less one bit
+          const __m256i less_one = _mm256_add_epi32(_mm256_castps_si256(size), _mm256_set1_epi32(-1));
+          const __m256i small =
+              _mm256_cmpgt_epi32(_mm256_set1_epi32(std::bit_cast<int>(kSmallestNormal<Dst, float>) - 1), less_one);
+          odd = _mm256_or_ps(odd, _mm256_andnot_ps(_mm256_castsi256_ps(less_one), _mm256_castsi256_ps(small)));
+        }
+        return odd;
       }
     }
 
-    // What the cast makes of them; a NaN may become an infinity or zero, which are as little ordinary.
+    // What the cast makes of them; a NaN may become anything.
     static __m256 result(__m256 before) {
       if constexpr (std::is_same_v<Dst, bfloat16>) {
         const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
@@ -146,10 +143,9 @@ struct SixteenLanes {
 
     static __m256 magnitude(__m256 lanes) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), lanes); }
 
-    __m256 largest_error_;
-    __m256i largest_ = _mm256_setzero_si256();
-    __m256i smallest_ = _mm256_set1_epi32(-1);
-    __m256 worse_ = _mm256_setzero_ps();
+    __m256 tolerated_;
+    __m256 low_ = _mm256_setzero_ps();
+    __m256 high_ = _mm256_setzero_ps();
   };
 };
 

@@ -13,9 +13,9 @@ from fastopt.backends.interface import Group
 from fastopt.collector import paused_collector
 from fastopt.containers import agree
 from fastopt.errors import describe_tensor
-from fastopt.inspection.places import Place, label, places
+from fastopt.inspection.places import Place, label, places, state_dict_of
 from fastopt.inspection.values import difference, numbers
-from fastopt.state_dict import OWN_KEYS, StateDict, packed
+from fastopt.state_dict import OWN_KEYS, StateDict
 from fastopt.text import SHOWN, aligned, counted, dtype_name
 
 
@@ -105,9 +105,10 @@ def diff(a: Optimizer | StateDict, b: Optimizer | StateDict) -> Diff:
 
     Raises:
         KeyError: `"state"`, `"param_groups"` or a group's `"params"` is missing.
+        TypeError: one is neither an optimizer nor a dict.
     """
     with paused_collector(), torch.no_grad():
-        dict_a, dict_b = (packed(state) if isinstance(state, Optimizer) else state for state in (a, b))
+        dict_a, dict_b = state_dict_of(a), state_dict_of(b)
         by_name = names_all(dict_a["param_groups"]) and names_all(dict_b["param_groups"])
         result = Diff()
         compare_groups(result, dict_a["param_groups"], dict_b["param_groups"])

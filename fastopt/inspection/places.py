@@ -4,9 +4,33 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastopt.backends.interface import Group
 from fastopt.containers import is_leaf
+from fastopt.errors import note_missing_keys
+from fastopt.state_dict import StateDict, packed
+
+
+def state_dict_of(state: Optimizer | StateDict) -> StateDict:
+    """The state dict of an optimizer, as it is without hooks; or what was given, if it is one.
+
+    Raises:
+        KeyError: `"state"` or `"param_groups"` is missing.
+    """
+    if isinstance(state, Optimizer):
+        return packed(state)
+    if not isinstance(state, Mapping):
+        kind = type(state).__name__
+        raise TypeError(
+            f"{state!r:.60} is a {kind}, neither an optimizer nor a state dict; `fastopt inspect` reads files"
+        )
+    for key in ("param_groups", "state"):
+        if key not in state:
+            error = KeyError(key)
+            note_missing_keys(error, state)
+            raise error
+    return state
 
 
 class Place(NamedTuple):

@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from fastopt.casting import bytes_of
 from fastopt.collector import paused_collector
-from fastopt.inspection.places import places
+from fastopt.inspection.places import places, state_dict_of
 from fastopt.inspection.values import ValueRange, numbers, total_range
-from fastopt.state_dict import OWN_KEYS, StateDict, packed
+from fastopt.state_dict import OWN_KEYS, StateDict
 from fastopt.text import SHOWN, aligned, counted, dtype_name, size
 
 
@@ -106,9 +106,10 @@ def summary(state: Optimizer | StateDict, *, values: bool = False) -> Summary:
 
     Raises:
         KeyError: `"state"`, `"param_groups"` or a group's `"params"` is missing.
+        TypeError: it is neither an optimizer nor a dict.
     """
     with paused_collector(), torch.no_grad():
-        state_dict = packed(state) if isinstance(state, Optimizer) else state
+        state_dict = state_dict_of(state)
         result = Summary([summarized_group(group) for group in state_dict["param_groups"]])
         result.with_state = sum(not is_empty(entry) for entry in state_dict["state"].values())
         readable: dict[Any, list[torch.Tensor]] = defaultdict(list)

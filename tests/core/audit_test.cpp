@@ -107,6 +107,27 @@ void test_threads_audit_every_value_once() {
   }
 }
 
+// NaNs of such bits that rounding them as numbers gives zero; CUDA makes no others.
+void test_a_lone_nan_is_found_wherever_it_is() {
+  for (const std::string& target : fastopt::cpu_targets()) {
+    fastopt::use_cpu_target(target);
+    for (const DType to : {DType::BFloat16, DType::Float16, DType::Float64}) {
+      for (int64_t place = 0; place < 1100; place += place < 70 || place > 1000 ? 1 : 61) {
+        const Buffer src(4 * 1100);
+        const Buffer dst(8 * 1100);
+        for (int64_t i = 0; i < 1100; ++i) {
+          const uint32_t bits = i == place ? 0x7fffffffu : std::bit_cast<uint32_t>(1.0f + static_cast<float>(i) / 2048);
+          std::memcpy(src.data() + 4 * i, &bits, 4);
+        }
+        Audit audit;
+        audit.largest_error = 0.25;
+        fastopt::kernels().find_audited(DType::Float32, to)(src.data(), dst.data(), 1100, audit);
+        check(audit.nan == 1, target, ": found ", audit.nan, " NaNs, where one is at ", place);
+      }
+    }
+  }
+}
+
 void check_few(const Audit& audit, const char* src, int64_t count, const Kernels& kernels, const std::string& target) {
   if (count > 8) {
     check_same(audit, expected(src, count, kernels), target);
@@ -184,6 +205,7 @@ void test_what_is_given_is_discarded_and_nothing_beside_it() {
 std::span<const Test> audit_tests() {
   static constexpr std::array kTests{
       TEST(test_threads_audit_every_value_once),
+      TEST(test_a_lone_nan_is_found_wherever_it_is),
       TEST(test_an_audit_of_few_values_reads_no_byte_too_many),
       TEST(test_what_is_given_is_discarded_and_nothing_beside_it),
   };
