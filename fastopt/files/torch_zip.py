@@ -4,6 +4,7 @@ torch's writer would take a checksum of all data and write it, in one thread, on
 is told the size alone here, and passes over the data; the checksums that it could not know are put in afterwards.
 """
 
+import contextlib
 import os
 import struct
 from collections.abc import Mapping
@@ -33,18 +34,24 @@ def write(fd: int, content: object, dtypes: Mapping[int, torch.dtype]) -> None:
     outline = _Outline(fd)
     writer = torch._C.PyTorchFileWriter(outline, True, config.save.storage_alignment)  # type: ignore[call-overload]
     large: dict[int, Stored] = {}
-    for index, (name, data) in enumerate(records):
-        if isinstance(data, bytes | str):
-            writer.write_record(name, data, len(data))
-            continue
-        size = data.size if isinstance(data, Stored) else data.nbytes()
-        if size < SMALL:
-            writer.write_record(name, data.in_memory() if isinstance(data, Stored) else data, size)
-        else:
-            writer.write_record_metadata(name, size)
-            large[index] = data if isinstance(data, Stored) else Stored(bytes_of(data), torch.uint8)
-    outline.is_at_end = True
-    writer.write_end_of_file()
+    try:
+        for index, (name, data) in enumerate(records):
+            if isinstance(data, bytes | str):
+                writer.write_record(name, data, len(data))
+                continue
+            size = data.size if isinstance(data, Stored) else data.nbytes()
+            if size < SMALL:
+                writer.write_record(name, data.in_memory() if isinstance(data, Stored) else data, size)
+            else:
+                writer.write_record_metadata(name, size)
+                large[index] = data if isinstance(data, Stored) else Stored(bytes_of(data), torch.uint8)
+        outline.is_at_end = True
+        writer.write_end_of_file()
+    except BaseException:
+        # Where it has not been ended, the writer's destructor does that, and an error there ends the process.
+        with contextlib.suppress(Exception):
+            writer.write_end_of_file()
+        raise
     if [size for _, size in outline.gaps] != [data.size for data in large.values()]:
         raise RuntimeError("torch's writer has left other room for the storages than it was told to")
     entries = ((offset, *data) for (offset, _), data in zip(outline.gaps, large.values(), strict=True))
