@@ -1,5 +1,6 @@
 # make demo   the main job, end to end          make bench   every benchmark
 # make test   all tests, with coverage          make lint    formatting, types, style
+# make fuzz   damaged checkpoints, loaded for FUZZ_SECONDS=60
 # Each sets up what it needs (make setup): .venv, torch, the other dependencies, the extension.
 #
 # TORCH=2.13.0   another version of torch       PYTHON=python3   the Python that .venv is made from
@@ -19,7 +20,7 @@ COMPILE   := MAX_JOBS=$(JOBS) $(BIN)/python setup.py --quiet build_ext --inplace
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test bench lint format cuda-build gpu-check clean
+.PHONY: setup demo test fuzz bench lint format cuda-build gpu-check clean
 
 setup: $(EXTENSION)
 
@@ -46,6 +47,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
+
+FUZZ_SECONDS ?= 60
+
+fuzz: setup
+	$(BIN)/python -m tests.fuzz.readers --seconds $(FUZZ_SECONDS)
 
 bench: setup
 	$(BIN)/python -m benchmarks

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from fastopt.audit import AuditCount, audited
 from fastopt.backends import current, python
 from fastopt.backends.interface import Backend, Group, State
+from fastopt.chunked import ChunkedTensor
 from fastopt.containers import is_leaf, rebuilt
 from fastopt.errors import describe_parameter, describe_tensor
 from fastopt.policy import Policy
@@ -35,6 +36,7 @@ class Cast:
         copy: bool,
         policy: Policy | None = None,
         audit: bool = False,
+        reads_files: bool = False,
     ) -> None:
         self.groups: Sequence[Group] = optimizer.param_groups
         self.saved_groups = saved_groups
@@ -46,6 +48,8 @@ class Cast:
         self.rule_of = None if self.policy.is_reference else self.policy.rule
         self.audits = audit
         self.gives = False
+        # A hook may have changed what the mapping holds, and the file knows nothing of that.
+        self.reads_files = reads_files and not optimizer._optimizer_load_state_dict_pre_hooks
         self.report = LoadReport(self.backend.name, audit={} if audit else None)
 
     def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:
@@ -108,11 +112,11 @@ class Cast:
         """`value.to(**options)`, and never the dict's own memory where that must not be shared.
 
         What is cast is not copied first, unless it is of a kind that may share memory through a cast (a tensor
-        subclass, a sparse index) or through the graph.
+        subclass, a sparse index) or through the graph. A chunked tensor has no memory to share.
         """
         source = value
         copied_before = self.memo is not None and id(value) in self.memo
-        if self.memo is not None and not is_plain(value):
+        if self.memo is not None and not (is_plain(value) or isinstance(value, ChunkedTensor)):
             source = copying.deepcopy(value, self.memo)
         result = source.to(**options) if options else source
         unchanged = result is source

@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 from fastopt.background import in_background, in_turn, raise_unasked
 from fastopt.files import formats
 from fastopt.files.torch_file import SafeGlobal
+from fastopt.flattened import is_flattened, unflattened
 from fastopt.inspection.places import places
-from fastopt.policy import Devices, DTypes
+from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import CastCount, LoadReport
 from fastopt.saving import DTypesById, with_dtypes
 from fastopt.snapshot import snapshot
-from fastopt.state_dict import StateDict, load_state_dict, state_dict
+from fastopt.state_dict import StateDict, cast_by, load_checked, state_dict
 from fastopt.text import counted, dtype_name, duration, listed, size, some
 
 DEPTH = 3
@@ -147,7 +148,7 @@ def write_ready(path: str | os.PathLike[str], what: Ready) -> SaveReport:
     seconds = time.perf_counter() - what.started
     casts = {pair: count for pair, count in what.report.casts.items() if pair[0] != pair[1]}
     tensors = count_tensors(what.saved["state"])
-    return SaveReport(os.fspath(path), tensors, os.path.getsize(path), seconds, casts, what.report.unused_patterns)
+    return SaveReport(os.fspath(path), tensors, formats.size_of(path), seconds, casts, what.report.unused_patterns)
 
 
 def count_tensors(value: Any) -> int:
@@ -209,8 +210,11 @@ def load(
     if transform is not None:
         saved = transform(saved)
     try:
-        report = load_state_dict(
-            optimizer, saved, copy=True, policy=policy, device=device, inplace=inplace, audit=audit
+        fresh = transform is None  # else what is in memory may be another state than what is in the file
+        report = load_checked(
+            optimizer,
+            saved,
+            lambda: cast_by(saved, True, Policy(policy, device), inplace, False, audit, reads_files=fresh),
         )
     except Exception as error:
         error.add_note(f"while loading {os.fspath(path)}")
@@ -233,6 +237,8 @@ def read_state_dict(
     """
     content = formats.read(path, safe_globals, verify)
     found = content if key is None else value_at(content, key)
+    if is_flattened(found):
+        found = unflattened(found)
     if not is_state_dict(found):
         there = (
             f"{os.fspath(path)} is no state dict" if key is None else f"{os.fspath(path)} has no state dict at {key!r}"

@@ -131,23 +131,39 @@ def load_state_dict(
     After any error but one of a post-hook the optimizer is as it was, a KeyboardInterrupt included. With `inplace`,
     where an error while the values are written is too late for that, a note says so.
     """
+    return load_checked(
+        optimizer, state_dict, lambda: cast_by(state_dict, copy, Policy(policy, device), inplace, donate, audit)
+    )
+
+
+def load_checked(optimizer: Optimizer, state_dict: StateDict, options: Callable[[], MakeCast]) -> LoadReport:
+    """A load that a user has asked for by a function of fastopt's, with a warning or a note where that was wrong."""
     if isinstance(optimizer, Optimizer) and type(optimizer).load_state_dict is not Optimizer.load_state_dict:
         warnings.warn(
             f"{type(optimizer).__qualname__} has a load_state_dict of its own, which fastopt.load_state_dict does not "
             "call; use fastopt.install() and the optimizer's own method to go through it",
-            stacklevel=2,
+            stacklevel=3,
         )
     try:
-        return load(optimizer, state_dict, cast_by(state_dict, copy, Policy(policy, device), inplace, donate, audit))
+        return load(optimizer, state_dict, options())
     except Exception as error:
         note_wrong_arguments(error, optimizer, state_dict)
         raise
 
 
 def cast_by(
-    state_dict: StateDict, copy: bool, policy: Policy, inplace: bool | Literal["auto"], donate: bool, audit: bool
+    state_dict: StateDict,
+    copy: bool,
+    policy: Policy,
+    inplace: bool | Literal["auto"],
+    donate: bool,
+    audit: bool,
+    reads_files: bool = False,
 ) -> MakeCast:
-    """What casts the state by the options of a load."""
+    """What casts the state by the options of a load.
+
+    `reads_files`: whether the state has just been read, and nobody has written to it since.
+    """
     if not isinstance(inplace, bool) and inplace != "auto":
         raise ValueError(f"inplace: {inplace!r} is neither a bool nor 'auto'")
     if inplace and not policy.is_reference:
@@ -160,7 +176,7 @@ def cast_by(
         return partial(CastInPlace, replace=inplace == "auto")
     if donate:
         return partial(CastDonated, policy=policy, audit=audit, given=state_dict)
-    return partial(Cast, copy=copy, policy=policy, audit=audit)
+    return partial(Cast, copy=copy, policy=policy, audit=audit, reads_files=reads_files)
 
 
 def load(optimizer: Optimizer, state_dict: StateDict, make_cast: MakeCast) -> LoadReport:

@@ -19,8 +19,11 @@ TORCHS = torch.optim.Adam.__setstate__.__code__.co_filename
 pytestmark = pytest.mark.usefixtures("backend")
 
 
-def interrupted(call, at):
-    """The error of a call that is interrupted before its `at`-th line within fastopt or Adam; None if it has fewer."""
+def interrupted(call, at, kind=KeyboardInterrupt):
+    """What a call that is interrupted before its `at`-th line within fastopt or Adam raises, and whether it has so many
+
+    None where it goes on: a description that fails must not hide the error that it describes.
+    """
     lines = 0
 
     def trace(frame, event, _):
@@ -34,22 +37,25 @@ def interrupted(call, at):
         if event == "line" and not line.startswith(("with ", "gc.enable()")):
             lines += 1
             if lines == at:
-                raise KeyboardInterrupt
+                raise kind
         return trace
 
     before = sys.gettrace()
     sys.settrace(trace)
     try:
         call()
-    except KeyboardInterrupt as error:
-        return error
+    except kind as error:
+        return error, True
     finally:
         sys.settrace(before)
-    return None
+    return None, lines >= at
 
 
 def make(seed, dtype=torch.float32):
-    return trained(adam((3, 4), (), (5,), dtype=dtype), seed=seed)
+    optimizer = trained(adam((3, 4), (), (5,), dtype=dtype), seed=seed)
+    for index, group in enumerate(optimizer.param_groups):
+        group["param_names"] = [f"{index}.{position}" for position in range(len(group["params"]))]
+    return optimizer
 
 
 def taken_apart(saved):
@@ -68,14 +74,26 @@ ACTIONS = {
     "moved": lambda optimizer, saved: fastopt.to_device(optimizer, "cpu:0"),
     "cast": lambda optimizer, saved: fastopt.cast_state(optimizer, torch.bfloat16),
     "snapshot": lambda optimizer, saved: fastopt.snapshot(optimizer),
+    "matched": lambda optimizer, saved: fastopt.load_state_dict(optimizer, fastopt.match(saved, optimizer)),
+    "audited": lambda optimizer, saved: fastopt.load_state_dict(optimizer, saved, policy=torch.float16, audit=True),
+    "from a file": lambda optimizer, saved: fastopt.load(optimizer, "saved.pt"),
+    "from a file, in place": lambda optimizer, saved: fastopt.load(optimizer, "saved.pt", inplace=True),
 }
 
 
-@pytest.mark.parametrize("name", ACTIONS)
-def test_an_interruption_leaves_all_or_nothing(name):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, KeyboardInterrupt) for name in ACTIONS),
+        *((name, MemoryError) for name in ("copied", "in place", "donated", "cast", "from a file")),
+    ],
+)
+def test_a_failure_at_any_line_leaves_all_or_nothing(name, kind, tmp_path, monkeypatch):
     act = ACTIONS[name]
+    monkeypatch.chdir(tmp_path)
     saved = copying.deepcopy(make(1).state_dict())
     given = fingerprint(saved)
+    torch.save(saved, "saved.pt")
     done = make(0)
     with fastopt.installed():
         act(done, saved)
@@ -84,11 +102,11 @@ def test_an_interruption_leaves_all_or_nothing(name):
             at += 1
             optimizer = make(0)
             before = fingerprint(optimizer)
-            error = interrupted(lambda optimizer=optimizer: act(optimizer, saved), at)
+            error, reached = interrupted(lambda optimizer=optimizer: act(optimizer, saved), at, kind)
             assert gc.isenabled()
             assert torch.is_grad_enabled()
             assert fingerprint(saved) == given
-            if error is None:
+            if not reached:
                 break
             if fingerprint(optimizer) == before:
                 unchanged += 1

@@ -213,7 +213,7 @@ def test_a_load_takes_no_more_than_its_results(backend: str, saved_dtype: str, p
 
 
 def measure_peak_of_odd_sizes() -> dict[str, int]:
-    """Loads tensors, of GPT-2's shapes, that fill the last of their huge pages to a third, and large pieces of slabs."""
+    """Loads tensors of GPT-2's shapes, that fill the last of their huge pages to a third, and large pieces of slabs."""
     sizes = [3072 * 768] * 48 + [2304 * 768] * 24
     optimizer = optimizer_over(sizes, torch.bfloat16)
     state = {index: {"exp_avg": torch.ones(n), "exp_avg_sq": torch.ones(n)} for index, n in enumerate(sizes)}

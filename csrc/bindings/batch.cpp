@@ -3,16 +3,17 @@
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/StorageImpl.h>
-#include <c10/core/TensorImpl.h>
-#include <c10/core/UndefinedTensorImpl.h>
 #include <c10/util/Exception.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <cerrno>
 #include <new>
 #include <utility>
 
 #include "../core/cpu_target.h"
+#include "mapped_file.h"
+#include "new_tensor.h"
 #include "plain.h"
 
 namespace py = pybind11;
@@ -26,16 +27,11 @@ c10::intrusive_ptr<c10::StorageImpl> new_storage(ResultMemory& memory, size_t by
                                        c10::GetCPUAllocator(), /*resizable=*/true);
 }
 
-// A plain tensor of `like`'s sizes and strides over a new storage, built without the dispatcher: no operation happens
-// here that a mode or a transform would want to see. Undefined where there is no memory for it.
+// A tensor of `like`'s sizes and strides over a new storage. Undefined where there is no memory for it.
 at::Tensor new_tensor(ResultMemory& memory, size_t bytes, const at::Tensor& like, at::ScalarType dtype,
                       int64_t offset) {
   try {
-    auto impl = memory.make<c10::TensorImpl, c10::UndefinedTensorImpl>(c10::Storage(new_storage(memory, bytes)),
-                                                                       c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                                                       c10::scalarTypeToTypeMeta(dtype));
-    impl->set_sizes_and_strides(like.sizes(), like.strides(), offset);
-    return at::Tensor(std::move(impl));
+    return tensor_over(memory, c10::Storage(new_storage(memory, bytes)), dtype, like.sizes(), like.strides(), offset);
   } catch (const c10::Error&) {
     return {};
   } catch (const std::bad_alloc&) {
@@ -46,6 +42,25 @@ at::Tensor new_tensor(ResultMemory& memory, size_t bytes, const at::Tensor& like
 Job job_of(const at::Tensor& dst, const at::Tensor& src, CastDTypes dtypes) {
   const int64_t count = dtypes.src == DType::Byte ? src.numel() * src.element_size() : src.numel();
   return {src.const_data_ptr(), dst.mutable_data_ptr(), count, dtypes.src, dtypes.dst};
+}
+
+// Where what a job reads lies in a file, if it does.
+void find_in_file(Job& job, const c10::Storage& storage) {
+  if (const auto range = file_range_of(*storage.unsafeGetStorageImpl())) {
+    const auto before = static_cast<const char*>(job.src) - static_cast<const char*>(storage.data());
+    job.file = range->descriptor;
+    job.file_offset = static_cast<int64_t>(range->offset) + before;
+  }
+}
+
+[[noreturn]] void raise(const ReadError& error) {
+  if (error.code == 0) {
+    PyErr_SetString(PyExc_OSError, error.what());
+  } else {
+    errno = error.code;
+    PyErr_SetFromErrno(PyExc_OSError);
+  }
+  throw py::error_already_set();
 }
 
 void over_torch_threads(int64_t tasks, const std::function<void(int64_t)>& task) {
@@ -68,7 +83,7 @@ Job job_between(const at::Tensor& dst, const at::Tensor& src) {
   return job_of(dst, src, *dtypes);
 }
 
-Batch::Batch() : kernels_(kernels()) {}
+Batch::Batch(bool reads_files) : kernels_(kernels()), reads_files_(reads_files) {}
 
 Batch::~Batch() {
   // Far more of them than fit into a cache: fetch the counts ahead of their turn.
@@ -115,22 +130,37 @@ void Batch::copy(py::handle dst, py::handle src) {
   hold(dst);
 }
 
-py::object Batch::add(const Job& job, py::handle src, at::Tensor dst) {
+py::object Batch::add(Job job, py::handle src, at::Tensor dst) {
   auto result = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(dst)));
   if (!result) {
     throw py::error_already_set();
   }
-  if (const int64_t bytes = job.count * size_of(job.src_dtype); bytes < kSmallestListed) {
-    if (job.audit == nullptr) {
-      kernels_.find(job.src_dtype, job.dst_dtype)(job.src, job.dst, job.count);
-    } else {
-      kernels_.find_audited(job.src_dtype, job.dst_dtype)(job.src, job.dst, job.count, *job.audit);
-    }
-  } else {
+  if (reads_files_) {
+    find_in_file(job, THPVariable_Unpack(src.ptr()).storage());
+  }
+  if (const int64_t bytes = job.count * size_of(job.src_dtype); bytes >= kSmallestListed) {
     jobs_.push_back(job);
     hold(src);
+  } else {
+    copy_now(job, bytes);
   }
   return result;
+}
+
+void Batch::copy_now(const Job& job, int64_t bytes) {
+  const void* src = job.src;
+  if (job.file != kNoFile) {
+    try {
+      src = window_.at(job.file, job.file_offset, bytes);
+    } catch (const ReadError& error) {
+      raise(error);
+    }
+  }
+  if (job.audit == nullptr) {
+    kernels_.find(job.src_dtype, job.dst_dtype)(src, job.dst, job.count);
+  } else {
+    kernels_.find_audited(job.src_dtype, job.dst_dtype)(src, job.dst, job.count, *job.audit);
+  }
 }
 
 void Batch::hold(py::handle object) {
@@ -139,8 +169,12 @@ void Batch::hold(py::handle object) {
 }
 
 void Batch::run() {
-  const py::gil_scoped_release without_gil;
-  fastopt::run(jobs_, kernels_, at::get_num_threads(), over_torch_threads);
+  try {
+    const py::gil_scoped_release without_gil;
+    fastopt::run(jobs_, kernels_, at::get_num_threads(), over_torch_threads);
+  } catch (const ReadError& error) {
+    raise(error);
+  }
 }
 
 }  // namespace fastopt

@@ -22,7 +22,9 @@ inline constexpr int64_t kSmallestListed = 1024;
 // in Python. What it makes, the caller keeps until `run` has returned. All of it is called with the GIL held.
 class Batch {
  public:
-  Batch();
+  // `reads_files`: whether sources that lie in a mapped file still hold what the file does (mapped_file.h). They are
+  // read from the file then (Note [Reading files]).
+  explicit Batch(bool reads_files = false);
   ~Batch();
   Batch(const Batch&) = delete;
   Batch& operator=(const Batch&) = delete;
@@ -42,15 +44,19 @@ class Batch {
   // and for whose dtypes there is a kernel.
   void copy(pybind11::handle dst, pybind11::handle src);
 
-  // Runs all that is listed, over torch's threads, with the GIL released. Call it once.
+  // Runs all that is listed, over torch's threads, with the GIL released. Call it once. Raises OSError where a file
+  // cannot be read.
   void run();
 
  private:
-  pybind11::object add(const Job& job, pybind11::handle src, at::Tensor dst);
+  pybind11::object add(Job job, pybind11::handle src, at::Tensor dst);
+  void copy_now(const Job& job, int64_t bytes);
   void hold(pybind11::handle object);
 
   const Kernels& kernels_;
+  const bool reads_files_;
   ResultMemory memory_;
+  ReadWindow window_;  // for small copies out of files
   std::vector<Job> jobs_;
   std::vector<PyObject*> held_;
 };

@@ -16,7 +16,8 @@ pybind11::dict id_map(const pybind11::list& saved_lists, const pybind11::list& p
 // walk.cpp
 pybind11::object cast_state(const pybind11::dict& saved_state, const pybind11::dict& id_map,
                             const pybind11::object& hosted_on_device, const pybind11::object& rule_of,
-                            const pybind11::object& memo, const pybind11::dict& state, bool audits, bool gives);
+                            const pybind11::object& memo, const pybind11::dict& state, bool audits, bool gives,
+                            bool reads_files);
 
 // tensors.cpp
 bool copy_plain(const pybind11::list& dsts, const pybind11::list& srcs, const pybind11::function& leave,
@@ -26,6 +27,10 @@ pybind11::list to_plain(const pybind11::list& tensors, const pybind11::object& d
 // write_torch_file.cpp
 bool write_torch_file(int file, const pybind11::object& content, const pybind11::dict& dtypes, uint64_t alignment,
                       const pybind11::function& write_tensors);
+
+// torch_file.cpp
+pybind11::object read_torch_file(const std::string& path);
+pybind11::object file_range(const pybind11::object& tensor);
 
 // kernels.cpp
 void cast_buffer(const pybind11::buffer& src, const std::string& src_dtype, const pybind11::buffer& dst,

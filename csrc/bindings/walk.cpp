@@ -64,13 +64,14 @@ bool is_tensor_and_no_parameter(PyObject* object) {
 class Walk {
  public:
   Walk(const py::object& hosted_on_device, const py::object& rule_of, const py::object& memo, const py::dict& state,
-       bool audits, bool gives)
+       bool audits, bool gives, bool reads_files)
       : hosted_on_device_(hosted_on_device),
         memo_(memo),
         state_(state),
         audits_(audits),
         gives_(gives),
-        rules_(rule_of) {}
+        rules_(rule_of),
+        batch_(reads_files) {}
 
   void visit(const Entry& entry) {
     saved_id_ = entry.item.key;
@@ -312,6 +313,7 @@ class Walk {
 // whose step belongs on the parameter's device in float32, or None. rule_of: as in rules.h. memo:
 // copy.deepcopy's memo for copy=True, or None. state: the new state, filled here.
 // audits: whether casts are counted. gives: whether what nobody else refers to may be lost when it has been cast.
+// reads_files: whether what lies in a mapped file still holds what the file does, and is read from there.
 // -> (deferred, counts, tensors copied, tensors shared, audits), or None where the whole walk is Python's
 // (LeftToPython).
 //    deferred: (container, slot, parameter or None, value, saved id, key or None, state key or None) for each value put
@@ -319,9 +321,9 @@ class Walk {
 //    counts: (from dtype, to dtype, tensors, bytes read, bytes written), copies without a cast included.
 //    audits: (state key, from dtype, to dtype, and the members of Audit).
 py::object cast_state(const py::dict& saved_state, const py::dict& id_map, const py::object& hosted_on_device,
-                      const py::object& rule_of, const py::object& memo, const py::dict& state, bool audits,
-                      bool gives) {
-  Walk walk(hosted_on_device, rule_of, memo, state, audits, gives);
+                      const py::object& rule_of, const py::object& memo, const py::dict& state, bool audits, bool gives,
+                      bool reads_files) {
+  Walk walk(hosted_on_device, rule_of, memo, state, audits, gives, reads_files);
   try {
     EntryReader reader(saved_state, id_map);
     for (auto entries = reader.next(); !entries.empty(); entries = reader.next()) {

@@ -1,7 +1,9 @@
 #include "run.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <exception>
 #include <mutex>
 #include <vector>
 
@@ -34,6 +36,12 @@ constexpr int64_t kStreamedJob = 4 << 10;
 // are less than some pages.
 constexpr int64_t kDiscardedBatch = 48 << 20;
 constexpr int64_t kDiscardedJob = 64 << 10;
+
+// Note [Reading files]
+// What lies in a file is read by the threads that cast it, through a buffer that stays in the cache; bytes go straight
+// to their place. Through a mapping of the file every 64 KiB would be a page fault, and a file that has been cut short
+// kills the process, where a read is an error.
+constexpr int64_t kReadBuffer = 256 << 10;
 
 class Line {
  public:
@@ -71,13 +79,35 @@ class Line {
   void cast(const Job& job, int64_t first, int64_t last, const Kernels& kernels) {
     const char* src = static_cast<const char*>(job.src) + first * size_of(job.src_dtype);
     char* dst = static_cast<char*>(job.dst) + first * size_of(job.dst_dtype);
-    if (job.audit == nullptr) {
-      kernels.find(job.src_dtype, job.dst_dtype, store_of(job))(src, dst, last - first);
-    } else {
-      audited_cast(job, src, dst, last - first, kernels);
+    if (job.file != kNoFile) {
+      cast_from_file(job, job.file_offset + first * size_of(job.src_dtype), dst, last - first, kernels);
+      return;
     }
+    cast_memory(job, src, dst, last - first, kernels);
     if (job.is_given && discards_ && bytes_read(job) >= kDiscardedJob) {
       discard(const_cast<char*>(src), static_cast<size_t>((last - first) * size_of(job.src_dtype)));
+    }
+  }
+
+  void cast_memory(const Job& job, const char* src, char* dst, int64_t count, const Kernels& kernels) {
+    if (job.audit == nullptr) {
+      kernels.find(job.src_dtype, job.dst_dtype, store_of(job))(src, dst, count);
+    } else {
+      audited_cast(job, src, dst, count, kernels);
+    }
+  }
+
+  void cast_from_file(const Job& job, int64_t offset, char* dst, int64_t count, const Kernels& kernels) {
+    if (job.src_dtype == job.dst_dtype) {
+      read_at(job.file, offset, dst, count * size_of(job.src_dtype));
+      return;
+    }
+    alignas(64) thread_local std::array<char, kReadBuffer> buffer;
+    const int64_t at_once = kReadBuffer / size_of(job.src_dtype);
+    for (int64_t done = 0; done < count; done += at_once) {
+      const int64_t part = std::min(at_once, count - done);
+      read_at(job.file, offset + done * size_of(job.src_dtype), buffer.data(), part * size_of(job.src_dtype));
+      cast_memory(job, buffer.data(), dst + done * size_of(job.dst_dtype), part, kernels);
     }
   }
 
@@ -135,14 +165,25 @@ void run(std::span<const Job> jobs, const Kernels& kernels, int64_t threads, con
   }
   const int64_t chunks = std::max(threads, length / kChunkCost);
   std::atomic<int64_t> next{0};
+  std::exception_ptr failure;
+  std::mutex failures;
   parallel(std::min(threads, chunks), [&](int64_t) {
-    for (int64_t chunk = next++; chunk < chunks; chunk = next++) {
-      // length < 2^63 / chunks in any memory there is, but a product need not rely on that
-      const int64_t size = length / chunks;
-      const int64_t begin = chunk * size;
-      line.run(begin, chunk + 1 == chunks ? length : begin + size, kernels);
+    try {
+      for (int64_t chunk = next++; chunk < chunks; chunk = next++) {
+        // length < 2^63 / chunks in any memory there is, but a product need not rely on that
+        const int64_t size = length / chunks;
+        const int64_t begin = chunk * size;
+        line.run(begin, chunk + 1 == chunks ? length : begin + size, kernels);
+      }
+    } catch (const ReadError&) {
+      next = chunks;  // the others stop as well
+      const std::scoped_lock lock(failures);
+      failure = failure ? failure : std::current_exception();
     }
   });
+  if (failure) {
+    std::rethrow_exception(failure);
+  }
 }
 
 }  // namespace fastopt

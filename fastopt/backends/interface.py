@@ -1,5 +1,6 @@
 """What the native and the pure-Python backend both offer, and what they ask of the rules."""
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Protocol
@@ -21,6 +22,9 @@ class Rules(Protocol):
 
     gives: bool
     """Whether what nobody else refers to may be lost when it has been cast."""
+
+    reads_files: bool
+    """Whether tensors that lie in a mapped file still hold what the file does, and may be read from there."""
 
     @property
     def rule_of(self) -> Callable[[Any, bool], tuple[Any, Any]] | None:
@@ -87,3 +91,12 @@ class Backend(Protocol):
 
     def write_torch_file(self, fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -> None:
         """What `torch.save` writes, into an empty file: `fastopt.files.torch_file.write` says more."""
+
+    def read_torch_file(self, path: str | os.PathLike[str]) -> tuple[Any] | None:
+        """What a file of `torch.save` holds, as `torch.load(path, "cpu", weights_only=True, mmap=True)` gives it.
+
+        In a tuple of one; None where the file is torch's to read or to refuse. Nothing has been done then.
+
+        Raises:
+            ValueError: a tensor is larger than its record in the file.
+        """

@@ -54,7 +54,15 @@ def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], 
         return python.cast_state(saved_state, id_map, rules)
     state: State = defaultdict(dict)
     walked = _C.cast_state(
-        saved_state, id_map, rules.hosted_on_device or None, rules.rule_of, rules.memo, state, rules.audits, rules.gives
+        saved_state,
+        id_map,
+        rules.hosted_on_device or None,
+        rules.rule_of,
+        rules.memo,
+        state,
+        rules.audits,
+        rules.gives,
+        rules.reads_files,
     )
     if walked is None:  # too odd for the native walk: what it has begun is dropped
         if rules.memo is not None:
@@ -97,3 +105,7 @@ def write_torch_file(fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -
     write_large = partial(write_tensors, fd)
     if not _C.write_torch_file(fd, content, dict(dtypes), config.save.storage_alignment, write_large):
         python.write_torch_file(fd, content, dtypes)
+
+
+def read_torch_file(path: str | os.PathLike[str]) -> tuple[Any] | None:
+    return _C.read_torch_file(os.fsencode(path))

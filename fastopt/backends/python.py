@@ -1,5 +1,6 @@
 """The pure-Python backend: complete, and the reference that the native one is held to."""
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import chain
@@ -58,6 +59,10 @@ def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list
 
 def write_torch_file(fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -> None:
     torch_zip.write(fd, content, dtypes)
+
+
+def read_torch_file(path: str | os.PathLike[str]) -> tuple[Any] | None:
+    return None
 
 
 def copy_entry(index: int, dst: torch.Tensor, src: torch.Tensor, non_blocking: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from fastopt.errors import CheckpointError
-from fastopt.files import safetensors_file, torch_file
+from fastopt.files import dcp_folder, safetensors_file, torch_file
 
 Format = Literal["torch", "safetensors", "dcp"]
 
@@ -42,9 +42,9 @@ def read(path: str | os.PathLike[str], allowed: Iterable[torch_file.SafeGlobal] 
     if found == "safetensors":
         return safetensors_file.read(path, verify)
     if found == "dcp":
-        raise CheckpointError(
-            f"{os.fspath(path)} is a folder of torch.distributed.checkpoint, which fastopt cannot read"
-        )
+        if verify:
+            dcp_folder.verify(path)
+        return dcp_folder.read(path, allowed)
     if verify:
         torch_file.verify(path)
     return torch_file.read(path, allowed)
@@ -55,6 +55,7 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
 
     Raises:
         OSError: it cannot be written.
+        ValueError: other dtypes are asked for in a folder of torch.distributed.checkpoint.
         Exception: what the module of its format raises for content that has no place in it.
 
     After any error it is as it was.
@@ -63,7 +64,9 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
     if wanted == "safetensors":
         safetensors_file.write(path, content, dtypes)
     elif wanted == "dcp":
-        raise ValueError(f"{os.fspath(path)} is a folder of torch.distributed.checkpoint, which fastopt cannot write")
+        if dtypes:
+            raise ValueError(f"{os.fspath(path)}: dtype: tensors go into a folder of DCP in the dtypes that they have")
+        dcp_folder.write(path, content)
     else:
         torch_file.write(path, content, dtypes)
 
@@ -102,3 +105,10 @@ def format_of(path: str | os.PathLike[str]) -> Format:
     if LEGACY in begin:
         return "torch"
     raise CheckpointError(f"{name} is no checkpoint: it begins with {begin[:9]!r}; known are {SUFFIXES}")
+
+
+def size_of(path: str | os.PathLike[str]) -> int:
+    """Bytes of a checkpoint, of all files of a folder."""
+    if os.path.isdir(path):
+        return sum(entry.stat().st_size for entry in os.scandir(path))
+    return os.path.getsize(path)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastopt.collector import paused_collector
 from fastopt.errors import CheckpointError
 from fastopt.files import metadata
 from fastopt.files.atomic import replacing
@@ -72,11 +73,13 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
 
     After any error the file is as it was.
     """
-    names = _Names(dtypes or {})
-    tree = metadata.encode(content, names.refer)
-    # Wide elements first, so that each tensor is aligned without gaps, which the format does not have.
-    tensors = sorted(names.tensors.values(), key=lambda tensor: -tensor.dtype.itemsize)
-    header = header_of(tree, tensors)
+    with paused_collector():
+        names = _Names(dtypes or {})
+        tree = metadata.encode(content, names.refer)
+        # Wide elements first, so that each tensor is aligned without gaps, which the format does not have.
+        tensors = sorted(names.tensors.values(), key=lambda tensor: -tensor.dtype.itemsize)
+        fields = fields_of(tensors)
+        header = header_of(tree, fields)
     if len(header) > LONGEST_HEADER:
         raise ValueError(
             f"{os.fspath(path)}: {counted(len(tensors), 'tensor')} make a header of {len(header):,} bytes, and "
@@ -84,7 +87,7 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
         )
     with replacing(path) as file:
         write_data(file.fileno(), 8 + len(header), tensors)
-        header = header_of(tree, tensors)
+        header = header_of(tree, fields)
         file.write(len(header).to_bytes(8, "little") + header)
 
 
@@ -97,11 +100,8 @@ class _Named:
         self.dtype = dtype
         self.reference: dict[str, Json] = {"$tensor": name, "crc32": UNKNOWN_CHECKSUM}
         """What stands for it in the metadata."""
-
-    @property
-    def size(self) -> int:
+        self.size = tensor.numel() * dtype.itemsize
         """Bytes in the file."""
-        return self.tensor.numel() * self.dtype.itemsize
 
 
 class _Names:
@@ -170,19 +170,29 @@ def row_major_strides(shape: torch.Size) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def header_of(tree: Json, tensors: list[_Named]) -> bytes:
-    """The header of a file; its length does not depend on the checksums."""
-    content = json.dumps(tree, separators=(",", ":"), allow_nan=False)
-    about = {"fastopt": VERSION, "crc32": f"{zlib.crc32(content.encode()):08x}", "content": content}
-    fields: dict[str, Json] = {"__metadata__": about}
-    position = 0
+def fields_of(tensors: list[_Named]) -> str:
+    """What the header says of tensors that follow each other."""
+    fields, position = {}, 0
     for tensor in tensors:
         end = position + tensor.size
         shape = list(tensor.tensor.shape)
         fields[tensor.name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [position, end]}
         position = end
-    header = json.dumps(fields, separators=(",", ":")).encode()
+    return as_json(fields)
+
+
+def header_of(tree: Json, fields: str) -> bytes:
+    """The header of a file; its length does not depend on the checksums."""
+    content = as_json(tree)
+    about = {"fastopt": VERSION, "crc32": f"{zlib.crc32(content.encode()):08x}", "content": content}
+    rest = f",{fields[1:]}" if fields != "{}" else "}"
+    header = f'{{"__metadata__":{as_json(about)}{rest}'.encode()
     return header + b" " * (-len(header) % 8)
+
+
+def as_json(value: Json) -> str:
+    """Without white space."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def write_data(fd: int, start: int, tensors: list[_Named]) -> None:
@@ -223,10 +233,11 @@ def read(path: str | os.PathLike[str], verify: bool = False) -> Any:
         CheckpointError: the file is damaged, or `write` did not write it; the text names it, and what in it is wrong.
     """
     try:
-        about, tensors = open_tensors(path)
-        refuse_duplicates(path, len(tensors))
-        found = _Tensors(tensors)
-        content = metadata.decode(content_of(about, tensors), found.resolve)
+        with paused_collector():
+            about, tensors = open_tensors(path)
+            refuse_duplicates(path, len(tensors))
+            found = _Tensors(tensors)
+            content = metadata.decode(content_of(about, tensors), found.resolve)
         if unused := sorted(tensors.keys() - found.resolved.keys()):
             raise ValueError(f"its metadata does not say where {some(unused)} belong")
         if verify:
@@ -242,7 +253,7 @@ def open_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str
     try:
         with library.safe_open(os.fsdecode(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118, as it is no mapping
-                tensors[name] = file.get_tensor(name)
+                tensors[name] = file.get_tensor(name).data  # the library's are views, which are no plain tensors
             return file.metadata() or {}, tensors
     except (OSError, MemoryError):
         raise

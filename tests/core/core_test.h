@@ -48,6 +48,7 @@ struct Test {
 std::span<const Test> audit_tests();
 std::span<const Test> cpu_target_tests();
 std::span<const Test> cutting_tests();
+std::span<const Test> file_tests();
 std::span<const Test> kernels_tests();
 std::span<const Test> launches_tests();
 std::span<const Test> slab_tests();

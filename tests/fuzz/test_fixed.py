@@ -1,8 +1,7 @@
-"""The fuzzer's damaged files with fixed seeds, and those that once found something."""
+"""The fuzzer's damaged files with fixed seeds."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -10,18 +9,17 @@ from tests.fuzz import readers
 from tests.fuzz.mutations import MUTATIONS, mutated
 
 FILES = 400
-CORPUS = sorted((Path(__file__).parent / "corpus").glob("*"))
 
 
 @pytest.mark.parametrize("kind", readers.FORMATS)
 def test_damaged_files(backend, tmp_path, kind):
     whole = readers.whole_files(tmp_path)[kind]
-    outcomes = {
-        readers.attempt(tmp_path / "damaged", mutated(whole, seed), kind, verify=bool(seed % 2))
-        for seed in range(FILES)
-    }
-    assert len(outcomes) > 1  # not all of them are refused for the same reason, and most are
-    assert readers.attempt(tmp_path / "damaged", whole, kind, verify=kind != "legacy") == "loaded"
+    optimizer, path = readers.some_optimizer(), tmp_path / "damaged"
+    results = [
+        readers.attempt(optimizer, path, mutated(whole, seed), kind, verify=bool(seed % 2)) for seed in range(FILES)
+    ]
+    assert results.count("loaded") < FILES / 2
+    assert readers.attempt(optimizer, path, whole, kind, verify=kind != "legacy") == "loaded"
 
 
 def test_a_seed_makes_one_file():
@@ -49,4 +47,4 @@ def test_the_fuzzer_notices(tmp_path, monkeypatch, bad):
 
     monkeypatch.setattr(readers.fastopt, "load", load)
     with pytest.raises(AssertionError):
-        readers.attempt(tmp_path / "a", b"", "safetensors", verify=False)
+        readers.attempt(readers.some_optimizer(), tmp_path / "a", b"", "safetensors", verify=False)

@@ -1,0 +1,59 @@
+#include "mapped_file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+namespace fastopt {
+namespace {
+
+void release_file(void* file) {
+  c10::raw::intrusive_ptr::decref(static_cast<MappedFile*>(file));
+}
+
+}  // namespace
+
+c10::intrusive_ptr<MappedFile> MappedFile::open(const std::string& path) {
+  if (path.find('\0') != std::string::npos) {
+    return {};
+  }
+  // Opened without waiting: a pipe that nobody writes to is no file to map either.
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (descriptor < 0) {
+    return {};
+  }
+  struct stat about{};
+  if (fstat(descriptor, &about) == 0 && S_ISREG(about.st_mode) && about.st_size > 0) {
+    const auto bytes = static_cast<size_t>(about.st_size);
+    void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor, 0);
+    if (address != MAP_FAILED) {
+      return c10::make_intrusive<MappedFile>(descriptor, address, bytes);
+    }
+  }
+  close(descriptor);
+  return {};
+}
+
+MappedFile::~MappedFile() {
+  munmap(address_, bytes_);
+  close(descriptor_);
+}
+
+c10::DataPtr MappedFile::memory_at(size_t offset) {
+  c10::raw::intrusive_ptr::incref(this);
+  return {address_ + offset, this, &release_file, c10::Device(c10::DeviceType::CPU)};
+}
+
+std::optional<FileRange> file_range_of(const c10::StorageImpl& storage) {
+  const c10::DataPtr& memory = storage.data_ptr();
+  if (memory.get_deleter() != &release_file) {
+    return std::nullopt;
+  }
+  const auto& file = *static_cast<const MappedFile*>(memory.get_context());
+  return FileRange{file.descriptor(),
+                   static_cast<size_t>(static_cast<const char*>(memory.get()) - file.contents().data()),
+                   storage.nbytes()};
+}
+
+}  // namespace fastopt

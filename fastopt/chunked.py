@@ -1,0 +1,131 @@
+"""A tensor that lies in files as they have it: in several chunks, at any byte; put together where it is needed."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+PIECE = 2 * 2**20
+"""Bytes that are moved at a time to where their dtype can be read."""
+
+
+class Unaligned:
+    """Elements at an address that is no multiple of their size, which torch's operations must not be given.
+
+    Note [Alignment]: compilers make loops that step to a multiple of a vector's size and load from there on with
+    instructions that fail anywhere else. From an address that is no multiple of the element's size they never get
+    there, and the process dies. Bytes can be copied from any address.
+
+    Args:
+        content: the bytes, uint8 [n].
+        dtype: the dtype of the elements.
+        size: the shape.
+        stride: the strides, in elements; those of a tensor without gaps.
+    """
+
+    def __init__(self, content: torch.Tensor, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int]) -> None:
+        self.content, self.dtype, self.shape = content, dtype, torch.Size(size)
+        self.order = sorted(range(len(size)), key=lambda dimension: (-stride[dimension], dimension))
+        """The dimensions, the outermost in memory first."""
+
+    def copy_into(self, target: torch.Tensor) -> None:
+        """Copy the elements into a tensor of the same shape, cast to its dtype."""
+        self.copy_piecewise(self.content, target.permute(self.order))
+
+    def copy_piecewise(self, content: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy bytes into a tensor that has its elements in their order, some at a time."""
+        if len(content) <= PIECE:
+            target.copy_(content.clone().view(self.dtype).view(target.shape))
+            return
+        row = len(content) // len(target)
+        rows = PIECE // row
+        for first in range(0, len(target), max(rows, 1)):
+            part = content[first * row : (first + max(rows, 1)) * row]
+            self.copy_piecewise(part, target[first : first + rows] if rows else target[first])
+
+
+Part = tuple[Sequence[int], torch.Tensor | Unaligned]
+"""Where a chunk begins in each dimension, and its elements."""
+
+
+class ChunkedTensor(torch.Tensor):
+    """A tensor on the CPU without memory of its own, whose chunks may lie in mappings of files that are not read yet.
+
+    `.to(…)`, and `copy_` from it, go chunk by chunk, and need no memory but the result's. Any other operation is one on
+    a plain tensor that is put together for it and given up after it; so is a deep copy, and what is pickled.
+
+    Args:
+        size: its shape.
+        dtype: the dtype of all chunks.
+        parts: the chunks, which cover each element once.
+        stride: its strides; None for a contiguous one.
+    """
+
+    parts: Sequence[Part]
+
+    @staticmethod
+    def __new__(  # noqa: D102
+        cls, size: Sequence[int], dtype: torch.dtype, parts: Sequence[Part], stride: Sequence[int] | None = None
+    ) -> "ChunkedTensor":
+        self: ChunkedTensor = torch.Tensor._make_wrapper_subclass(
+            cls, size, strides=stride, dtype=dtype, device=torch.device("cpu")
+        )
+        self.parts = parts
+        return self
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def whole(self, **options: Any) -> torch.Tensor:
+        """A plain tensor of the same elements and strides; `options` are its dtype and device, if they are others."""
+        result = torch.empty_strided(self.shape, self.stride(), **{"dtype": self.dtype, "device": "cpu", **options})
+        self.copy_into(result)
+        return result
+
+    def copy_into(self, target: torch.Tensor) -> None:
+        """Copy each chunk into its part of a tensor of the same shape, cast to its dtype."""
+        for offsets, values in self.parts:
+            box = target
+            for dimension, (offset, extent) in enumerate(zip(offsets, values.shape, strict=True)):
+                box = box.narrow(dimension, offset, extent)
+            if isinstance(values, Unaligned):
+                values.copy_into(box)
+            else:
+                box.copy_(values)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Operations of torch's: the two that go by chunks, and all others."""
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default:
+            options = {key: value for key, value in kwargs.items() if key in ("dtype", "device") and value is not None}
+            return args[0].whole(**options)
+        if func is torch.ops.aten.copy_.default and isinstance(args[1], cls) and args[0].shape == args[1].shape:
+            args[1].copy_into(args[0])
+            return args[0]
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        memo[id(self)] = whole = self.whole()
+        return whole
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.whole().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def plain(value: Any) -> Any:
+    """A chunked tensor put together; anything else as it is."""
+    return value.whole() if isinstance(value, ChunkedTensor) else value
+
+
+def is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether strides are those of a tensor without gaps, whatever the order of its dimensions."""
+    inner = 1
+    for step, extent in sorted((step, extent) for step, extent in zip(stride, size, strict=True) if extent != 1):
+        if step != inner:
+            return False
+        inner *= extent
+    return inner == math.prod(size)

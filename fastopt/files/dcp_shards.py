@@ -1,0 +1,294 @@
+"""The files of a torch.distributed.checkpoint folder that hold its bytes: zips of `torch.save`, one after another."""
+
+# ruff: noqa: D102 (the methods that every file has)
+
+import io
+import math
+import os
+import pickle
+import stat
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from fastopt.chunked import ChunkedTensor, Unaligned, is_dense
+from fastopt.errors import CheckpointError
+from fastopt.files.dcp_metadata import Place
+from fastopt.text import dtype_name
+
+SMALL = 64 * 1024
+"""Bytes of what is read at once, to look for the tensor in it."""
+
+COPIED = 128 * 2**20
+"""Bytes of small tensors that are in memory at most."""
+
+LARGEST_PICKLE = 64 * 1024
+"""Bytes of the pickle that goes with a tensor, which says its dtype, shape and strides."""
+
+Result = TypeVar("Result")
+
+
+class Layout(NamedTuple):
+    """What the pickle of a tensor says."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    first: int
+    """The storage's element that is the tensor's first."""
+    nbytes: int
+    """The size of the storage."""
+
+
+class Known:
+    """What was learnt from one entry and holds for others: most are alike, and torch's unpickler takes its time."""
+
+    def __init__(self) -> None:
+        self.layouts: dict[bytes, Layout] = {}
+        """By the pickle that says so."""
+        self.values: dict[bytes, Any] = {}
+        """By their bytes, where nothing could change them."""
+        self.copied = 0
+        """Bytes of tensors that are in memory."""
+
+    def may_copy(self, place: Place, layout: Layout) -> bool:
+        """Whether to copy a tensor that is not aligned: there is memory for small ones, which the native walk takes.
+
+        One with gaps is copied in any case, and torch saves none.
+        """
+        is_compact = layout.nbytes == math.prod(layout.size) * layout.dtype.itemsize
+        if not (is_compact and is_dense(layout.size, layout.stride)):
+            return True
+        if place.length > SMALL or self.copied + layout.nbytes > COPIED:
+            return False
+        self.copied += layout.nbytes
+        return True
+
+
+class Window(io.RawIOBase):
+    """The bytes of a place in a file, as a file of its own."""
+
+    def __init__(self, descriptor: int, offset: int, length: int) -> None:
+        self.descriptor, self.offset, self.length = descriptor, offset, length
+        self.position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence] + offset
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), max(self.length - self.position, 0))
+        count = os.preadv(self.descriptor, [memoryview(buffer)[:wanted]], self.offset + self.position) if wanted else 0
+        self.position += count
+        return count
+
+
+class Shard:
+    """One file, of which tensors become views into a mapping that is not read yet."""
+
+    def __init__(self, path: Path, known: Known) -> None:
+        self.path = path
+        self.known = known
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for someone to write to it
+        try:
+            status = os.fstat(self.descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path} is no file")
+            self.size = status.st_size
+            self.mapping = (
+                torch.UntypedStorage.from_file(os.fspath(path), shared=False, nbytes=self.size) if self.size else None
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; the mapping stays while there are tensors in it."""
+        os.close(self.descriptor)
+
+    def __enter__(self) -> "Shard":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check(self, places: Sequence[tuple[Place, str]]) -> None:
+        """Raise unless the places, sorted, lie within the file and apart from each other; each is that of an entry."""
+        end, before = 0, ""
+        for place, name in places:
+            if place.offset < end:
+                raise CheckpointError(f"{self.path} is damaged: the bytes of entries {before!r} and {name!r} overlap")
+            end, before = place.offset + place.length, name
+            if end > self.size:
+                raise CheckpointError(
+                    f"{self.path} is damaged or cut short: entry {name!r} is at bytes {place.offset:,} to {end:,}, and "
+                    f"the file has {self.size:,}"
+                )
+
+    def tensor(self, place: Place, name: str, dtype: torch.dtype, size: tuple[int, ...]) -> torch.Tensor:
+        """The tensor at a place, not read yet.
+
+        Raises:
+            CheckpointError: there is no plain tensor of this dtype and size.
+        """
+        return self.found(place, name, lambda stream: self.mapped(stream, place, dtype, size))
+
+    def value(self, place: Place, name: str) -> Any:
+        """The value at a place, read as `torch.load(weights_only=True)` reads it.
+
+        Raises:
+            pickle.UnpicklingError: it names classes or functions that are not allowed.
+            CheckpointError: there is none.
+        """
+        return self.found(place, name, loaded, self.known.values)
+
+    def verify(self, place: Place, name: str) -> None:
+        """Raise unless the bytes at a place are those that were saved, as their checksums have it."""
+        self.found(place, name, check_sums)
+
+    def found(
+        self,
+        place: Place,
+        name: str,
+        read: Callable[[Any], Result],
+        known: dict[bytes, Result] | None = None,
+    ) -> Result:
+        """What `read` finds in the file that is at a place, or what is known of its bytes; errors name the entry."""
+        stream: Any = Window(self.descriptor, place.offset, place.length)
+        if place.length <= SMALL:
+            content = stream.read()
+            if known is not None and content in known:
+                return known[content]
+            stream = io.BytesIO(content)
+        where = f"{self.path}: entry {name!r}, at bytes {place.offset:,} to {place.offset + place.length:,},"
+        try:
+            result = read(stream)
+        except pickle.UnpicklingError as error:
+            raise refusal(where, stream, error) from error
+        except OSError:
+            raise
+        except Exception as error:  # torch has many for what it cannot read
+            raise CheckpointError(f"{where} is damaged: {first_line(error)}") from error
+        if known is not None and place.length <= SMALL and is_constant(result):
+            known[content] = result
+        return result
+
+    def mapped(self, stream: Any, place: Place, dtype: torch.dtype, size: tuple[int, ...]) -> torch.Tensor:
+        """The tensor in torch's zip file that lies at a place."""
+        reader = torch._C.PyTorchFileReader(stream)
+        layout = self.layout(reader, stream)
+        if (layout.dtype, layout.size) != (dtype, size):
+            raise CheckpointError(
+                f"it is {dtype_name(layout.dtype)} {list(layout.size)}, and by the metadata "
+                f"{dtype_name(dtype)} {list(size)}"
+            )
+        if math.prod(size) == 0:
+            return torch.empty_strided(size, layout.stride, dtype=dtype)
+        begin = reader.get_record_offset("data/0")  # type: ignore[attr-defined]
+        check_record(reader, stream, begin, layout, place)
+        assert self.mapping is not None
+        begin += place.offset
+        storage = self.mapping[begin : begin + layout.nbytes]
+        if storage.data_ptr() % dtype.itemsize:  # see Note [Alignment]
+            if not self.known.may_copy(place, layout):
+                content = torch.empty(0, dtype=torch.uint8).set_(storage)
+                whole = Unaligned(content, dtype, size, layout.stride)
+                return ChunkedTensor(size, dtype, [([0] * len(size), whole)], layout.stride)
+            storage = storage.clone()
+        return torch.empty(0, dtype=dtype).set_(storage, layout.first, size, layout.stride)
+
+    def layout(self, reader: Any, stream: Any) -> Layout:
+        """What the pickle says; torch reads it, unless it has read the same before."""
+        if reader.get_record_size("data.pkl") > LARGEST_PICKLE:
+            raise CheckpointError("its pickle is too large for a tensor's")
+        content = reader.get_record("data.pkl")
+        if reader.has_record("byteorder") and reader.get_record("byteorder") != b"little":
+            raise CheckpointError("its bytes are in another machine's order")
+        if (layout := self.known.layouts.get(content)) is None:
+            layout = self.known.layouts[content] = layout_read(stream)
+        return layout
+
+
+def layout_read(stream: Any) -> Layout:
+    """What the pickle says, as torch reads it."""
+    stream.seek(0)
+    tensor = torch.load(stream, map_location="meta", weights_only=True)
+    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_quantized:
+        raise CheckpointError(f"it is a {type(tensor).__name__}, not a plain tensor")
+    if tensor.requires_grad or tensor.is_conj() or tensor.is_neg():
+        raise CheckpointError("it is no plain tensor, but one of a computation")
+    size, stride, first = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+    nbytes = tensor.untyped_storage().nbytes()
+    last = first + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True))
+    if tensor.numel() and not max(tensor.numel(), last + 1) * tensor.element_size() <= nbytes:
+        raise CheckpointError("it has more elements than its storage")
+    return Layout(tensor.dtype, size, stride, first, nbytes)
+
+
+def check_record(reader: Any, stream: Any, begin: int, layout: Layout, place: Place) -> None:
+    """Raise unless the storage lies at this offset as it is, not compressed."""
+    stream.seek(reader.get_record_header_offset("data/0") + 8)  # the local header's flags and method: two bytes each
+    if stream.read(2) != b"\0\0":
+        raise CheckpointError("its storage is compressed")
+    if reader.get_record_size("data/0") != layout.nbytes or begin + layout.nbytes > place.length:
+        raise CheckpointError("its storage does not have the size that its pickle says")
+
+
+def loaded(stream: Any) -> Any:
+    """A value that `torch.save` wrote."""
+    reader = torch._C.PyTorchFileReader(stream)
+    total = sum(map(reader.get_record_size, reader.get_all_records()))
+    stream.seek(0, os.SEEK_END)
+    if total > stream.tell():
+        raise CheckpointError("it is compressed")  # to what size, nobody knows
+    stream.seek(0)
+    return torch.load(stream, map_location="cpu", weights_only=True)
+
+
+def check_sums(stream: Any) -> None:
+    """Read the zip file that `torch.save` wrote, and compare its checksums."""
+    with zipfile.ZipFile(stream) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise CheckpointError("it is compressed")
+        if damaged := archive.testzip():
+            raise CheckpointError(f"the checksum of its {damaged} is another")
+
+
+def refusal(where: str, stream: Any, error: pickle.UnpicklingError) -> Exception:
+    """The error for an entry that torch does not unpickle: it lists what is not allowed, if that is why."""
+    try:
+        stream.seek(0)
+        names: Iterable[str] = sorted(get_unsafe_globals_in_checkpoint(stream))
+    except Exception:  # a pickle that cannot be read to its end
+        names = []
+    if not names:
+        return CheckpointError(f"{where} is damaged: {first_line(error)}")
+    return pickle.UnpicklingError(
+        f"{where} names {', '.join(names)}, which loading a checkpoint does not import; if you trust them, pass them "
+        "as safe_globals=[...]"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The text of an error without what torch adds for its developers."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def is_constant(value: Any) -> bool:
+    """Whether a value cannot change, so that one object does for all places where it stands."""
+    if isinstance(value, tuple):
+        return type(value) is tuple and all(map(is_constant, value))
+    return value is None or type(value) in (bool, int, float, complex, str, torch.dtype)
