@@ -130,6 +130,8 @@ def table(parameters: int, bytes_read: int, found: dict[str, Any]) -> str:
 
 def measure(way: str, path: str, parameters: int, rounds: int) -> None:
     """Write the file, or load it again and again; prints JSON."""
+    if way != "write":
+        read(path)
     optimizer = torch.optim.AdamW([torch.zeros(ELEMENTS, dtype=LOADED) for _ in range(parameters)])
     if way == "write":
         for param in optimizer.param_groups[0]["params"]:
@@ -138,7 +140,6 @@ def measure(way: str, path: str, parameters: int, rounds: int) -> None:
         fastopt.save(optimizer, path)
         print("{}")
         return
-    read(path)
     seconds, most = [], 0
     for _ in range(1 + rounds):
         optimizer.state.clear()

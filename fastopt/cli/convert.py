@@ -32,8 +32,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
         default=[],
         type=dtype_option,
         metavar="[KEY=]DTYPE",
-        help="the dtype of floating state other than step, of all or by its key or a pattern: bfloat16, "
-        "exp_avg=bfloat16, 'exp_*=float16', step=keep; may be given several times",
+        help="the dtype of floating state other than step, by its key or a pattern (the first that fits), or of all "
+        "the rest: --dtype exp_avg=keep --dtype 'exp_*=float16' --dtype bfloat16",
     )
     command.add_argument("--force", action="store_true", help="replace DST if there is one")
     command.set_defaults(run=convert)
@@ -58,7 +58,8 @@ def convert(options: argparse.Namespace) -> Outcome:
         raise FileExistsError(f"{options.dst} is there already; --force replaces it")
     saved = read_state_dict(options.src, options.key)
     try:
-        saved, dtypes, done = converted(saved, dict(options.dtype))
+        for_all_last = sorted(options.dtype, key=lambda option: option[0] == "*")  # patterns hold in their order
+        saved, dtypes, done = converted(saved, dict(for_all_last))
         formats.write(options.dst, saved, dtypes)
     except Exception as error:
         error.add_note(f"while converting {options.src}")
