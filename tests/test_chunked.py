@@ -103,7 +103,7 @@ def test_deep_copies_and_pickles_are_plain(pair):
         torch.randn(3, dtype=torch.complex128),
         torch.randn(40) > 0,
     ],
-    ids=str,
+    ids=["transposed", "channels last", "ones", "scalar", "one element", "complex", "bool"],
 )
 def test_strides(whole, piece):
     tensor = ChunkedTensor(whole.shape, whole.dtype, [([0] * whole.dim(), unaligned_or_bytes(whole))], whole.stride())

@@ -20,7 +20,7 @@ struct Job {
   DType src_dtype;
   DType dst_dtype;
   Audit* audit = nullptr;  // where the cast is counted, if it is to be; several jobs may share one
-  bool is_given = false;  // whether the memory at `src` may be lost; a large batch discards it as it has been read
+  bool is_given = false;   // whether the memory at `src` may be lost; a large batch discards it as it has been read
   // An open file that holds what is at `src`, from `file_offset` on: it is read, and `src` is not touched.
   int file = kNoFile;
   int64_t file_offset = 0;

@@ -37,24 +37,25 @@ def verify(path: str | os.PathLike[str]) -> None:
     All of the file's data is read, through memory of bounded size.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be opened.
         NoChecksumsError: it has none, as files from before torch 1.6 and those written under
             `torch.serialization.set_crc32_options(False)`.
         CheckpointError: it is damaged; the text names the records and, where the rest of the file says it, the tensors
             that they belong to.
     """
-    if not zipfile.is_zipfile(path):
+    with open(path, "rb") as file:
+        try:
+            is_zip = zipfile.is_zipfile(file)
+            if is_zip:
+                with zipfile.ZipFile(file) as archive:
+                    records = archive.infolist()
+                    damaged = damaged_records(archive, file.fileno(), records)
+                    damaged.sort(key=lambda record: record.header_offset)
+                    offsets = [offset_of(file.fileno(), record) for record in damaged[:SHOWN]]
+        except Exception as error:  # zipfile has many for what it cannot read, OSError among them
+            raise CheckpointError(f"{os.fspath(path)} is damaged: {error}") from error
+    if not is_zip:
         raise NoChecksumsError(f"{os.fspath(path)} has no checksums: it is no zip file, or not a whole one")
-    try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
-            damaged = damaged_records(archive, file.fileno(), records)
-            damaged.sort(key=lambda record: record.header_offset)
-            offsets = [offset_of(file.fileno(), record) for record in damaged[:SHOWN]]
-    except OSError:
-        raise
-    except Exception as error:  # zipfile has many for what it cannot read
-        raise CheckpointError(f"{os.fspath(path)} is damaged: {error}") from error
     if damaged and not any(record.CRC for record in records):
         raise NoChecksumsError(f"{os.fspath(path)} has no checksums: they were turned off when it was saved")
     if damaged:
