@@ -131,6 +131,21 @@ def test_an_interrupted_wait_loses_no_save(path):
     assert value_in(path) == 1
 
 
+def test_an_interruption_once_the_thread_has_started_loses_no_save(path):
+    body = """
+def interrupted(self, start=threading.Thread.start):
+    start(self)
+    raise KeyboardInterrupt
+threading.Thread.start = interrupted
+slow(0.5)
+try: fastopt.save(optimizer, path, background=True)
+except KeyboardInterrupt: print('interrupted', path.exists())
+"""
+    code, out, _ = run(path, body)
+    assert (code, out) == (0, "interrupted False\n")
+    assert value_in(path) == 1
+
+
 def test_an_interrupted_wait_at_exit_ends_it_and_leaves_the_old_file(path):
     body = "fastopt.save(optimizer, path); step(2); slow(30); fastopt.save(optimizer, path, background=True)"
     process = start(path, body)
