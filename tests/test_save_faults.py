@@ -208,10 +208,14 @@ def test_no_permission(closed_folder, name, save):
 def test_a_folder_in_the_way(tmp_path, save):
     path = tmp_path / "optimizer.pt"
     path.mkdir()
-    with pytest.raises((IsADirectoryError, ValueError), match=str(path)):
+    (path / "mine").touch()
+    with pytest.raises(FileExistsError, match="holds more than a checkpoint: mine") as caught:
         save(trained(adam()), path)
+    assert f"while writing {path}" in caught.value.__notes__
+    with pytest.raises(IsADirectoryError, match=str(path)):
+        fastopt.snapshot(trained(adam())).save(path)  # which writes files alone
     assert names_in(tmp_path) == [path.name]
-    assert names_in(path) == []
+    assert names_in(path) == ["mine"]
 
 
 def test_a_folder_that_is_not_there(path, save):
