@@ -124,9 +124,9 @@ class Saves:
         thread = threading.Thread(daemon=True)  # what waits for it at exit can be interrupted
         try:
             thread = threading.Thread(target=self.run, args=(save, self.enter(save, owner), work), daemon=True)
-            with self.lock:
-                thread.start()
-                self.writers = [*filter(threading.Thread.is_alive, self.writers), thread]
+            with self.lock:  # before it starts: an interruption may come once it has
+                self.writers = [*filter(may_run, self.writers), thread]
+            thread.start()
         except BaseException:
             if not thread.is_alive():
                 self.leave(save)
@@ -147,11 +147,16 @@ class Saves:
     def join_writers(self, seconds: float | None = None) -> None:
         """Wait for the threads, so many seconds in all."""
         until = None if seconds is None else time.monotonic() + seconds
-        for thread in self.writers:
+        for thread in filter(threading.Thread.is_alive, self.writers):
             thread.join(None if until is None else max(0.0, until - time.monotonic()))
 
 
 saves = Saves()
+
+
+def may_run(thread: threading.Thread) -> bool:
+    """Whether a thread has not ended."""
+    return thread.ident is None or thread.is_alive()
 
 
 def in_background(

@@ -28,6 +28,10 @@ class CheckpointError(ValueError):
     """What was read is no checkpoint, or a damaged one; the text names the file and the entry."""
 
 
+class NoChecksumsError(CheckpointError):
+    """A checkpoint was to be verified, and has no checksums."""
+
+
 def describe_tensor(tensor: torch.Tensor) -> str:
     """Dtype, shape and device, for an error: `float32 [3, 4] on cpu`."""
     try:

@@ -67,3 +67,27 @@ class CastLater(Cast):
         self.dtypes[id(view)] = dtype
         self.count([(value.dtype, dtype, 1, bytes_of(value), value.numel() * dtype.itemsize)], 0, 0)
         return view
+
+
+class Nobody(Optimizer):
+    """Stands for the optimizer that saved a file, of which nothing is known."""
+
+    def __init__(self) -> None:
+        self.param_groups = []  # Optimizer's own, which makes groups, imports torch._dynamo: seconds
+
+
+def converted(saved: StateDict, dtype: DTypes) -> tuple[StateDict, DTypesById, LoadReport]:
+    """`with_dtypes` for a state that no optimizer holds.
+
+    Raises:
+        ValueError, TypeError: `dtype` makes no policy, or asks for the dtypes of parameters, which nobody knows here.
+    """
+    no_param = torch.empty(0)
+    cast = CastLater(Nobody(), saved["param_groups"], dtype)
+    for key, rule in cast.policy.dtypes.items():
+        if rule in ("reference", "float-only"):
+            raise ValueError(f"dtype[{key!r}]: {rule!r} is about dtypes of parameters, and a file has none of those")
+    with paused_collector():
+        state = {saved_id: cast.entry(no_param, value, saved_id) for saved_id, value in saved["state"].items()}
+    cast.report.unused_patterns = cast.policy.unused()
+    return {**saved, "state": state}, cast.dtypes, cast.report

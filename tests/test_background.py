@@ -111,6 +111,23 @@ def test_the_state_of_the_call_is_written_while_training_goes_on(path, gate):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_the_dtypes_and_the_report_are_those_of_a_save_at_once(path, name):
+    dtype = {"exp_avg": torch.bfloat16, "exp_av": torch.float16}
+    optimizer = trained(adam())
+    at_once = fastopt.save(optimizer, path.with_name(name), dtype=dtype)
+    report = fastopt.save(optimizer, path.with_name(f"background-{name}"), dtype=dtype, background=True).result(AT_LAST)
+    assert path.with_name(f"background-{name}").read_bytes() == path.with_name(name).read_bytes()
+    assert report.casts == at_once.casts
+    assert report.casts[torch.float32, torch.bfloat16].tensors == 3
+    assert report.unused_patterns == at_once.unused_patterns == ["exp_av"]
+
+
+def test_a_dtype_that_makes_no_policy_is_an_error_at_once(path):
+    with pytest.raises(ValueError, match="int8"):
+        fastopt.save(trained(adam()), path, dtype=torch.int8, background=True)
+
+
 # ---- order ----
 
 
@@ -334,7 +351,7 @@ def test_a_wait_that_times_out_asks_for_nothing(path, gate):
 
 
 def test_a_copy_that_fails_fails_at_once(path, monkeypatch):
-    def refuse(*_: object, **__: object):
+    def refuse(*_, **__):
         raise MemoryError("no room")
 
     monkeypatch.setattr(checkpoint, "snapshot", refuse)

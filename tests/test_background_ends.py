@@ -22,6 +22,8 @@ def path(tmp_path):
 HEAD = """
 import os, signal, sys, threading, time, torch, fastopt
 from pathlib import Path
+from fastopt import background
+background.PATIENCE = 60
 path = Path(sys.argv[1])
 params = [torch.nn.Parameter(torch.zeros(10)) for _ in range(3)]
 optimizer = torch.optim.SGD(params, lr=1, momentum=0.9)
@@ -72,7 +74,7 @@ def test_a_save_is_finished_at_exit(path, backend):
 
 
 def test_a_save_that_takes_long_at_exit_says_so(path):
-    code, _, err = run(path, "slow(1.5); fastopt.save(optimizer, path, background=True)")
+    code, _, err = run(path, "background.PATIENCE = 0.1; slow(0.5); fastopt.save(optimizer, path, background=True)")
     assert code == 0
     assert err == f"fastopt: at exit, finishing the save to {path}\n"
     assert value_in(path) == 1
@@ -131,8 +133,29 @@ def test_an_interrupted_wait_loses_no_save(path):
     assert value_in(path) == 1
 
 
+def test_an_interruption_once_the_thread_has_started_loses_no_save(path):
+    body = """
+def interrupted(self, start=threading.Thread.start):
+    start(self)
+    raise KeyboardInterrupt
+threading.Thread.start = interrupted
+slow(0.5)
+try: fastopt.save(optimizer, path, background=True)
+except KeyboardInterrupt: print('interrupted', path.exists())
+"""
+    code, out, _ = run(path, body)
+    assert (code, out) == (0, "interrupted False\n")
+    assert value_in(path) == 1
+
+
 def test_an_interrupted_wait_at_exit_ends_it_and_leaves_the_old_file(path):
-    body = "fastopt.save(optimizer, path); step(2); slow(30); fastopt.save(optimizer, path, background=True)"
+    body = """
+fastopt.save(optimizer, path)
+step(2)
+slow(30)
+background.PATIENCE = 0.1
+fastopt.save(optimizer, path, background=True)
+"""
     process = start(path, body)
     assert process.stderr.readline() == f"fastopt: at exit, finishing the save to {path}\n"
     process.send_signal(signal.SIGINT)

@@ -13,10 +13,13 @@ ROOT = Path(__file__).parent.parent
 PYTHON_LAYERS = (
     ("fastopt.__main__",),
     ("fastopt.cli",),
+    ("fastopt.cli.bench", "fastopt.cli.convert", "fastopt.cli.look"),
+    ("fastopt.cli.outcome", "fastopt.cli.progress"),
     ("fastopt",),
     ("fastopt.patch",),
     ("fastopt.checkpoint",),
     ("fastopt.background", "fastopt.inspection", "fastopt.matching", "fastopt.recast", "fastopt.snapshot"),
+    ("fastopt.inspection.flaws",),
     ("fastopt.inspection.check", "fastopt.inspection.diff", "fastopt.inspection.summary"),
     ("fastopt.inspection.places", "fastopt.inspection.values"),
     ("fastopt.saving",),

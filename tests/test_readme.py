@@ -25,7 +25,7 @@ def without_times(text: str) -> list[str]:
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "formats.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page, "python")], ids=lambda page: page.name)
 def test_the_blocks_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

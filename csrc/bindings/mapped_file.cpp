@@ -26,7 +26,8 @@ c10::intrusive_ptr<MappedFile> MappedFile::open(const std::string& path) {
   struct stat about{};
   if (fstat(descriptor, &about) == 0 && S_ISREG(about.st_mode) && about.st_size > 0) {
     const auto bytes = static_cast<size_t>(about.st_size);
-    void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor, 0);
+    // Pages are read and hardly ever written: memory for all of them need not be there (a file may be larger).
+    void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, descriptor, 0);
     if (address != MAP_FAILED) {
       return c10::make_intrusive<MappedFile>(descriptor, address, bytes);
     }

@@ -46,19 +46,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 raise
         _sync_folder(target.parent)
     except Exception as error:
-        cause = _failed_write(error)
-        cause.add_note(f"while writing {os.fspath(path)}")
-        if cause is error:
-            raise
-        raise cause from None
-
-
-def _failed_write(error: Exception) -> Exception:
-    """The error of a write, where torch's failure to end its file after that stands before it."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__
-    return cause or error
+        error.add_note(f"while writing {os.fspath(path)}")
+        raise
 
 
 def _sync_folder(path: Path) -> None:

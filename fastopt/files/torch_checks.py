@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastopt.errors import CheckpointError
+from fastopt.errors import CheckpointError, NoChecksumsError
 from fastopt.files.checksums import combined
 from fastopt.text import listed
 
@@ -38,9 +38,10 @@ def verify(path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: the file cannot be opened.
-        CheckpointError: it has no checksums, as files from before torch 1.6 and those written under
-            `torch.serialization.set_crc32_options(False)`; or it is damaged, and the text names the records and, where
-            the rest of the file says it, the tensors that they belong to.
+        NoChecksumsError: it has none, as files from before torch 1.6 and those written under
+            `torch.serialization.set_crc32_options(False)`.
+        CheckpointError: it is damaged; the text names the records and, where the rest of the file says it, the tensors
+            that they belong to.
     """
     with open(path, "rb") as file:
         try:
@@ -54,9 +55,9 @@ def verify(path: str | os.PathLike[str]) -> None:
         except Exception as error:  # zipfile has many for what it cannot read, OSError among them
             raise CheckpointError(f"{os.fspath(path)} is damaged: {error}") from error
     if not is_zip:
-        raise CheckpointError(f"{os.fspath(path)} has no checksums: it is no zip file, or not a whole one")
+        raise NoChecksumsError(f"{os.fspath(path)} has no checksums: it is no zip file, or not a whole one")
     if damaged and not any(record.CRC for record in records):
-        raise CheckpointError(f"{os.fspath(path)} has no checksums: they were turned off when it was saved")
+        raise NoChecksumsError(f"{os.fspath(path)} has no checksums: they were turned off when it was saved")
     if damaged:
         tensors = tensors_by_offset(path)
         shown = [described(record, tensors.get(offset)) for record, offset in zip(damaged, offsets, strict=False)]

@@ -11,8 +11,10 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from fastopt.backends import current
 from fastopt.collector import paused_collector
+from fastopt.errors import CheckpointError
 from fastopt.files.archive import check_records
 from fastopt.files.atomic import replacing
+from fastopt.files.torch_checks import SIGNATURE
 from fastopt.files.torch_checks import verify as verify
 
 SafeGlobal = Callable[..., Any] | tuple[Callable[..., Any], str]
@@ -36,6 +38,7 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
     Raises:
         OSError: the file cannot be opened.
         pickle.UnpicklingError: it names classes or functions that are not allowed; the text lists them.
+        CheckpointError: it was cut short.
         ValueError: its records are no ordinary ones of torch's, as `check_records` says, or a tensor is larger than its
             record (which torch does not look at, and so the pure-Python backend does not either).
         Exception: whatever else torch raises for a file that is damaged or not its own.
@@ -49,6 +52,8 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
                 return plain[0]
             if is_zip := zipfile.is_zipfile(path):
                 check_records(path)
+            elif begins_as_zip(path):
+                raise CheckpointError(f"{os.fspath(path)} was cut short: a zip file has its directory at the end")
             with safe_globals(allowed):
                 if os.fsdecode(path).endswith(".safetensors"):  # torch would go by the name, not by what is in the file
                     with open(path, "rb") as file:
@@ -92,6 +97,12 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
         except Exception as error:
             error.add_note(f"while writing {os.fspath(path)}")
             raise
+
+
+def begins_as_zip(path: str | os.PathLike[str]) -> bool:
+    """Whether a file was to become a zip file; torch has an OSError for some of those that have no end."""
+    with open(path, "rb") as file:
+        return file.read(len(SIGNATURE)) == SIGNATURE
 
 
 def forbidden_globals(path: str | os.PathLike[str], allowed: list[SafeGlobal]) -> list[str]:

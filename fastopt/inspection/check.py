@@ -13,7 +13,7 @@ from fastopt.backends.interface import Group
 from fastopt.collector import paused_collector
 from fastopt.errors import describe_tensor
 from fastopt.inspection.places import Place, label, places
-from fastopt.inspection.values import not_finite, numbers
+from fastopt.inspection.values import Advance, not_finite, numbers, unwatched
 from fastopt.state_dict import OWN_KEYS, StateDict
 
 SHAPED_BY_RULE = {
@@ -26,7 +26,7 @@ SHAPED_BY_RULE = {
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A tensor of the state, and its parameter."""
 
-Kind = Literal["structure", "shape", "dtype", "values"]
+Kind = Literal["structure", "shape", "dtype", "values", "damage"]
 
 
 @dataclass(frozen=True)
@@ -317,10 +317,10 @@ def empty_tensors(rows: Iterable[Row]) -> Iterator[Problem]:
             yield row.problem("values", "has no values")
 
 
-def infinite_tensors(rows: Iterable[Row]) -> Iterator[Problem]:
+def infinite_tensors(rows: Iterable[Row], advance: Advance = unwatched) -> Iterator[Problem]:
     """State with NaNs or infinities."""
     readable = [(row, tensor) for row in rows if (tensor := numbers(row.value)) is not None]
-    for index, seen in not_finite([tensor for _, tensor in readable]).items():
+    for index, seen in not_finite([tensor for _, tensor in readable], advance).items():
         counts = {"NaN": seen.nan, "inf": seen.inf}
         found = " and ".join(f"{count:,} {name}" for name, count in counts.items() if count)
         yield readable[index][0].problem("values", f"holds {found}")

@@ -10,11 +10,12 @@ import torch
 from torch.optim import Optimizer
 
 from fastopt.backends.interface import Group
+from fastopt.casting import bytes_of
 from fastopt.collector import paused_collector
 from fastopt.containers import agree
 from fastopt.errors import describe_tensor
 from fastopt.inspection.places import Place, label, places, state_dict_of
-from fastopt.inspection.values import difference, numbers
+from fastopt.inspection.values import Advance, difference, numbers, unwatched
 from fastopt.state_dict import OWN_KEYS, StateDict
 from fastopt.text import SHOWN, aligned, counted, dtype_name
 
@@ -90,7 +91,7 @@ def row(key: Any, seen: KeyDiff) -> list[str]:
     return [str(key), tensors, values, f"{seen.absolute:.4g}", f"{seen.relative:.4g}", seen.where, dtypes]
 
 
-def diff(a: Optimizer | StateDict, b: Optimizer | StateDict) -> Diff:
+def diff(a: Optimizer | StateDict, b: Optimizer | StateDict, *, advance: Advance = unwatched) -> Diff:
     """Compare two states: their groups, and all values of their parameters' state.
 
     Parameters are compared by name where both states name all of theirs, else by index. Values are compared in
@@ -99,6 +100,7 @@ def diff(a: Optimizer | StateDict, b: Optimizer | StateDict) -> Diff:
     Args:
         a: an optimizer, or a state dict. Not changed; no hooks run.
         b: the other one.
+        advance: is called with the bytes of what was compared, of both, again and again.
 
     Returns:
         The differences; false where there are none.
@@ -112,7 +114,7 @@ def diff(a: Optimizer | StateDict, b: Optimizer | StateDict) -> Diff:
         by_name = names_all(dict_a["param_groups"]) and names_all(dict_b["param_groups"])
         result = Diff()
         compare_groups(result, dict_a["param_groups"], dict_b["param_groups"])
-        compare_owners(result, owners(dict_a, by_name), owners(dict_b, by_name))
+        compare_owners(result, owners(dict_a, by_name), owners(dict_b, by_name), advance)
         return result
 
 
@@ -176,7 +178,9 @@ def by_path(entry: Any) -> dict[tuple[Any, str], Place]:
     return {(place.key, place.path): place for place in places(entry)}
 
 
-def compare_owners(result: Diff, owners_a: Mapping[Any, Owner], owners_b: Mapping[Any, Owner]) -> None:
+def compare_owners(
+    result: Diff, owners_a: Mapping[Any, Owner], owners_b: Mapping[Any, Owner], advance: Advance
+) -> None:
     """Compare all state."""
     result.only_in_a += [owner.label for key, owner in owners_a.items() if key not in owners_b]
     result.only_in_b += [owner.label for key, owner in owners_b.items() if key not in owners_a]
@@ -187,7 +191,9 @@ def compare_owners(result: Diff, owners_a: Mapping[Any, Owner], owners_b: Mappin
         result.only_in_b += [f"{place.path} of {b.label}" for path, place in b.state.items() if path not in a.state]
         for path, place in a.state.items():
             if path in b.state:
-                compare_values(result, f"{place.path} of {a.label}", place, b.state[path].value)
+                other = b.state[path].value
+                compare_values(result, f"{place.path} of {a.label}", place, other)
+                advance(sum(bytes_of(value) for value in (place.value, other) if isinstance(value, torch.Tensor)))
 
 
 def compare_values(result: Diff, where: str, place: Place, b: Any) -> None:

@@ -11,9 +11,12 @@ from torch.optim import Optimizer
 from fastopt.casting import bytes_of
 from fastopt.collector import paused_collector
 from fastopt.inspection.places import places, state_dict_of
-from fastopt.inspection.values import ValueRange, numbers, total_range
+from fastopt.inspection.values import Advance, ValueRange, numbers, total_range, unwatched
 from fastopt.state_dict import OWN_KEYS, StateDict
-from fastopt.text import SHOWN, aligned, counted, dtype_name, size
+from fastopt.text import SHOWN, aligned, counted, dtype_name, listed, size
+
+SHAPES_SHOWN = 2
+"""Shapes of a key that are printed, those of most tensors."""
 
 
 @dataclass
@@ -34,6 +37,8 @@ class KeySummary:
     bytes: int = 0
     dtypes: Counter[torch.dtype] = field(default_factory=Counter)
     """Tensors of each dtype."""
+    shapes: Counter[torch.Size] = field(default_factory=Counter)
+    """Tensors of each shape."""
     devices: Counter[torch.device] = field(default_factory=Counter)
     """Tensors on each device."""
     others: Counter[str] = field(default_factory=Counter)
@@ -89,20 +94,21 @@ class Summary:
         if len(self.groups) > SHOWN:
             lines.append(f"  and {len(self.groups) - SHOWN:,} more groups")
         if self.keys:
-            head = ["key", "tensors", "values", "bytes", "dtypes", "devices"]
+            head = ["key", "tensors", "values", "bytes", "dtypes", "shapes", "devices"]
             if any(seen.range for seen in self.keys.values()):
                 head += ["min", "max", "NaN", "inf"]
             lines += ["  " + line for line in aligned([head, *(row(key, seen) for key, seen in self.keys.items())])]
         return "\n".join(lines)
 
 
-def summary(state: Optimizer | StateDict, *, values: bool = False) -> Summary:
+def summary(state: Optimizer | StateDict, *, values: bool = False, advance: Advance = unwatched) -> Summary:
     """Describe the state of an optimizer: its groups, and what stands under each key.
 
     Args:
         state: an optimizer, or a state dict. Not changed; no hooks run.
         values: whether to look at the values as well, for the smallest and largest ones, NaNs and infinities. Reads
             all of the state once, at the memory's speed.
+        advance: is called with the bytes of the values that were looked at, again and again.
 
     Raises:
         KeyError: `"state"`, `"param_groups"` or a group's `"params"` is missing.
@@ -119,7 +125,7 @@ def summary(state: Optimizer | StateDict, *, values: bool = False) -> Summary:
                 if values and isinstance(place.value, torch.Tensor) and (found := numbers(place.value)) is not None:
                     readable[place.key].append(found)
         for key, tensors in readable.items():
-            result.keys[key].range = total_range(tensors)
+            result.keys[key].range = total_range(tensors, advance)
         return result
 
 
@@ -143,6 +149,8 @@ def count(seen: KeySummary, value: Any) -> None:
     seen.values += value.numel()
     seen.bytes += bytes_of(value)
     seen.dtypes[value.dtype] += 1
+    if not value.is_nested:
+        seen.shapes[value.shape] += 1
     seen.devices[value.device] += 1
 
 
@@ -150,6 +158,7 @@ def key_to_dict(seen: KeySummary) -> dict[str, Any]:
     """What stands under a key, as strings and numbers."""
     counters = {
         "dtypes": {dtype_name(dtype): number for dtype, number in seen.dtypes.items()},
+        "shapes": [{"shape": list(shape), "tensors": number} for shape, number in seen.shapes.most_common()],
         "devices": {str(device): number for device, number in seen.devices.items()},
         "others": dict(seen.others),
         "range": vars(seen.range).copy() if seen.range else None,
@@ -161,11 +170,18 @@ def row(key: Any, seen: KeySummary) -> list[str]:
     """A line of the table."""
     dtypes = [*map(dtype_name, seen.dtypes), *seen.others]
     cells = [str(key), f"{seen.tensors:,}", f"{seen.values:,}", size(seen.bytes), ", ".join(dtypes)]
+    common = [shape_name(shape) for shape, _ in seen.shapes.most_common(SHAPES_SHOWN)]
+    cells.append(listed(common, len(seen.shapes)))
     cells.append(", ".join(map(str, seen.devices)))
     if seen.range:
         cells += [f"{seen.range.minimum:.4g}", f"{seen.range.maximum:.4g}", f"{seen.range.nan:,}"]
         cells.append(f"{seen.range.inf:,}")
     return cells
+
+
+def shape_name(shape: torch.Size) -> str:
+    """`64x32`; `scalar` without dimensions."""
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def is_on(value: Any) -> bool:

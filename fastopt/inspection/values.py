@@ -1,7 +1,7 @@
 """The numbers in tensors, looked at a few megabytes at a time. Call these where gradients are off."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,14 @@ SMALLEST = 5e-324
 
 SMALL_CHUNK = 1 << 16
 """Elements that are compared in one piece; its float64 temporaries stay in the cache, and in malloc's hands."""
+
+
+Advance = Callable[[int], None]
+"""Is called with the bytes of what has been looked at, tensor by tensor, small ones some megabytes at a time."""
+
+
+def unwatched(_: int) -> None:
+    """An `Advance` that nobody looks at."""
 
 
 COMPARED_WIDE = (torch.uint16, torch.uint32, torch.uint64)
@@ -107,16 +115,16 @@ def extremes(piece: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return low, high
 
 
-def not_finite(tensors: Sequence[torch.Tensor]) -> dict[int, ValueRange]:
+def not_finite(tensors: Sequence[torch.Tensor], advance: Advance = unwatched) -> dict[int, ValueRange]:
     """The range of each tensor with NaNs or infinities, by its place among those given, which `numbers` returned."""
     found: dict[int, ValueRange] = {}
     for batch in batches(tensors):
-        if is_finite(joined(tensors, batch)):
-            continue
-        for place in batch:
-            seen = value_range(tensors[place])
-            if seen.nan or seen.inf:
-                found[place] = seen
+        if not is_finite(joined(tensors, batch)):
+            for place in batch:
+                seen = value_range(tensors[place])
+                if seen.nan or seen.inf:
+                    found[place] = seen
+        advance(bytes_in(tensors, batch))
     return dict(sorted(found.items()))
 
 
@@ -127,12 +135,18 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return all(bool(bound.isfinite()) for (piece,) in pieces(tensor) if piece.numel() for bound in extremes(piece))
 
 
-def total_range(tensors: Sequence[torch.Tensor]) -> ValueRange:
+def total_range(tensors: Sequence[torch.Tensor], advance: Advance = unwatched) -> ValueRange:
     """The range over all tensors, which `numbers` returned."""
     total = ValueRange()
     for batch in batches(tensors):
         total.add(value_range(joined(tensors, batch)))
+        advance(bytes_in(tensors, batch))
     return total
+
+
+def bytes_in(tensors: Sequence[torch.Tensor], batch: Sequence[int]) -> int:
+    """Bytes of the values of several."""
+    return sum(tensors[place].numel() * tensors[place].element_size() for place in batch)
 
 
 def joined(tensors: Sequence[torch.Tensor], batch: Sequence[int]) -> torch.Tensor:
