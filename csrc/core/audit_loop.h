@@ -24,7 +24,7 @@
 namespace fastopt {
 namespace {
 
-constexpr int64_t kAuditedBlock = 512;
+constexpr int64_t kAuditedBlock = 256;
 
 // The dtype in which values are compared before and after.
 template <class Src>

@@ -106,33 +106,37 @@ struct ThirtyTwoLanes {
 
   static void fence() { _mm_sfence(); }
 
-  // As that of AVX2.
+  // Which lanes have seen only ordinary values, as that of AVX2.
   template <class Src, class Dst>
   class Watch {
    public:
-    explicit Watch(float largest_error) : largest_error_(_mm512_set1_ps(largest_error)) {}
+    explicit Watch(float largest_error) : tolerated_(_mm512_set1_ps(std::min(largest_error, kTolerated))) {}
 
     void see(const Lanes& lanes) {
-      see_sixteen(lanes.low);
-      see_sixteen(lanes.high);
+      low_ = see_sixteen(lanes.low, low_);
+      high_ = see_sixteen(lanes.high, high_);
     }
 
-    bool saw_only_ordinary() const {
-      constexpr auto kNormal = std::bit_cast<uint32_t>(kSmallestNormal<Dst, float>);
-      const bool finite = _mm512_reduce_max_epi32(largest_) < static_cast<int>(kInfinity<float>);
-      return finite && (kExact<Src, Dst> || (_mm512_reduce_min_epu32(smallest_) >= kNormal - 1 && worse_ == 0));
-    }
+    bool saw_only_ordinary() const { return (low_ & high_) == kAll; }
 
    private:
-    void see_sixteen(__m512 before) {
-      const __m512 after = result(before);
-      largest_ = _mm512_max_epi32(largest_, _mm512_castps_si512(_mm512_abs_ps(after)));
-      if constexpr (!kExact<Src, Dst>) {
+    static constexpr __mmask16 kAll = 0xffff;
+
+    // The lanes of `ordinary` that still are.
+    __mmask16 see_sixteen(__m512 before, __mmask16 ordinary) const {
+      constexpr int kNotFinite = 0x99;
+      if constexpr (kExact<Src, Dst>) {
+        return _kandn_mask16(_mm512_fpclass_ps_mask(before, kNotFinite), ordinary);
+      } else {
         const __m512 size = _mm512_abs_ps(before);
-        smallest_ = _mm512_min_epu32(smallest_, _mm512_sub_epi32(_mm512_castps_si512(size), _mm512_set1_epi32(1)));
-        const __m512 limit = _mm512_mul_ps(size, largest_error_);
-        const __m512 error = _mm512_abs_ps(_mm512_sub_ps(before, after));
-        worse_ = static_cast<__mmask16>(worse_ | _mm512_cmp_ps_mask(error, limit, _CMP_GT_OQ));
+        const __m512 error = _mm512_abs_ps(_mm512_sub_ps(before, result(before)));
+        ordinary = _mm512_mask_cmp_ps_mask(ordinary, error, _mm512_mul_ps(size, tolerated_), _CMP_LE_OQ);
+        if constexpr (kNarrowsRange<Src, Dst>) {
+          constexpr auto kNormal = std::bit_cast<int>(kSmallestNormal<Dst, float>);
+          const __m512i less_one = _mm512_sub_epi32(_mm512_castps_si512(size), _mm512_set1_epi32(1));
+          ordinary = _mm512_mask_cmpge_epu32_mask(ordinary, less_one, _mm512_set1_epi32(kNormal - 1));
+        }
+        return ordinary;
       }
     }
 
@@ -147,10 +151,9 @@ struct ThirtyTwoLanes {
       }
     }
 
-    __m512 largest_error_;
-    __m512i largest_ = _mm512_setzero_si512();
-    __m512i smallest_ = _mm512_set1_epi32(-1);
-    __mmask16 worse_ = 0;
+    __m512 tolerated_;
+    __mmask16 low_ = kAll;
+    __mmask16 high_ = kAll;
   };
 };
 
