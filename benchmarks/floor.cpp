@@ -1,5 +1,9 @@
 // The floor of a cast: the same bytes read, the same bytes written past the cache, into the same kind of memory, by as
-// many threads; no tensors, no Python objects, no rounding. Built by floor.py for the machine it runs on.
+// many threads; no tensors, no Python objects, no rounding. And that of a load from a file: the file read once, through
+// small buffers, and as many bytes of fresh memory written as the results have. Built by floor.py for its machine.
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -100,6 +104,41 @@ MoveFn mover(int64_t src_size, int64_t dst_size) {
 
 constexpr int64_t kChunk = 256 << 10;  // elements
 
+// `work` in so many threads, this one among them.
+template <typename Work>
+void in_threads(int64_t threads, const Work& work) {
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < threads; ++i) {
+    others.emplace_back(work);
+  }
+  work();
+  for (std::thread& other : others) {
+    other.join();
+  }
+}
+
+struct Piece {
+  int fd;
+  int64_t offset;
+  int64_t size;
+  char* dst;
+  int64_t dst_size;
+};
+
+constexpr int64_t kPiece = 256 << 10;  // bytes: stays in the second level of cache
+
+bool read_piece(const Piece& piece, char* buffer) {
+  for (int64_t done = 0; done < piece.size;) {
+    const ssize_t got = pread(piece.fd, buffer + done, static_cast<size_t>(piece.size - done), piece.offset + done);
+    if (got <= 0) {
+      return false;
+    }
+    done += got;
+  }
+  std::memset(piece.dst, 1, static_cast<size_t>(piece.dst_size));
+  return true;
+}
+
 }  // namespace
 
 // Moves `moves` tensors of `counts` elements, to destinations aligned to 32 bytes. False where there is no loop for
@@ -123,15 +162,47 @@ extern "C" bool floor_move(const uint64_t* srcs, const uint64_t* dsts, const int
       move(chunks[i].src, chunks[i].dst, chunks[i].count * dst_size);
     }
   };
-  std::vector<std::thread> others;
-  for (int64_t i = 1; i < threads; ++i) {
-    others.emplace_back(work);
-  }
-  work();
-  for (std::thread& other : others) {
-    other.join();
-  }
+  in_threads(threads, work);
   return true;
+}
+
+// Reads whole files once, and writes `dst_size` bytes at `dst` meanwhile. False where one cannot be read.
+extern "C" bool floor_read(const char* const* paths, const int64_t* sizes, int64_t files, char* dst, int64_t dst_size,
+                           int64_t threads) {
+  int64_t total = 0;
+  std::vector<int> fds;
+  std::atomic<bool> ok{true};
+  for (int64_t i = 0; i < files; ++i) {
+    total += sizes[i];
+    fds.push_back(open(paths[i], O_RDONLY | O_CLOEXEC));
+    ok = ok && fds.back() >= 0;
+  }
+  std::vector<Piece> pieces;
+  int64_t read = 0;
+  const auto written = [&] { return static_cast<int64_t>(static_cast<double>(read) / total * dst_size); };
+  for (int64_t i = 0; ok && i < files; ++i) {
+    for (int64_t offset = 0; offset < sizes[i]; offset += kPiece) {
+      const int64_t size = std::min(kPiece, sizes[i] - offset);
+      const int64_t begin = written();
+      read += size;
+      pieces.push_back({fds[i], offset, size, dst + begin, written() - begin});
+    }
+  }
+  std::atomic<size_t> next{0};
+  in_threads(threads, [&] {
+    std::vector<char> buffer(kPiece);
+    for (size_t i = next++; ok && i < pieces.size(); i = next++) {
+      if (!read_piece(pieces[i], buffer.data())) {
+        ok = false;
+      }
+    }
+  });
+  for (const int fd : fds) {
+    if (fd >= 0) {
+      close(fd);
+    }
+  }
+  return ok;
 }
 
 // Fresh memory in huge pages where the system has them; 0 where there is none.

@@ -1,4 +1,4 @@
-"""The fastest that a machine can move the bytes of a load, as a contender: `floor.cpp`, built on first use."""
+"""The fastest that a machine can move the bytes of a load, from memory or files: `floor.cpp`, built on first use."""
 
 import ctypes
 import hashlib
@@ -29,6 +29,8 @@ def library() -> ctypes.CDLL:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     loaded.floor_move.argtypes = [pointer, pointer, pointer, size, size, size, size]
     loaded.floor_move.restype = ctypes.c_bool
+    loaded.floor_read.argtypes = [ctypes.POINTER(ctypes.c_char_p), pointer, size, pointer, size, size]
+    loaded.floor_read.restype = ctypes.c_bool
     loaded.floor_map.argtypes = [ctypes.c_uint64]
     loaded.floor_map.restype = ctypes.c_uint64
     loaded.floor_unmap.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
@@ -93,3 +95,15 @@ def into_warm_memory(sources: Sequence[torch.Tensor], dtype: torch.dtype) -> Cal
         move(sources, addresses, counts, dtype.itemsize)
 
     return call
+
+
+def read(paths: Sequence[Path], written: int, threads: int | None = None) -> Mapping:
+    """Reads files once, through small buffers, and writes so many bytes of fresh memory meanwhile."""
+    mapping = Mapping([written])
+    sizes = torch.tensor([path.stat().st_size for path in paths])
+    names = (ctypes.c_char_p * len(paths))(*(bytes(path) for path in paths))
+    if not library().floor_read(
+        names, sizes.data_ptr(), len(paths), mapping.addresses[0], written, threads or torch.get_num_threads()
+    ):
+        raise OSError(f"cannot read {paths[0]} or one of the {len(paths) - 1} files beside it")
+    return mapping

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from benchmarks.results import Results
+from benchmarks.results import GoalResult, Results
 
 Size = dict[str, Any]
 """The arguments of `Question.build`, and of `torch.set_num_threads` under "threads" where a case is about them; JSON
@@ -40,12 +40,34 @@ class Contender(Generic[WorkT]):
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a number should be."""
+
+    bound: float
+    unit: str = ""
+    at_most: bool = False
+
+    def __str__(self) -> str:
+        return f"{'at most' if self.at_most else 'at least'} {self.bound:.3g}{self.unit}"
+
+    def met(self, measured: float) -> bool:
+        return measured <= self.bound if self.at_most else measured >= self.bound
+
+
+@dataclass(frozen=True)
 class Goal:
     """A number to hold a result against; it is printed, and nothing depends on it."""
 
     text: str
-    target: str
+    target: Target
     measure: Callable[[Results], float | None]
+    reason: str = ""
+    """What profiling found to be in the way, on the machines where the goal is missed; printed there."""
+
+    def result(self, results: Results) -> GoalResult:
+        measured = self.measure(results)
+        met = None if measured is None else self.target.met(measured)
+        return GoalResult(self.text, str(self.target), measured, met, self.reason if met is False else "")
 
 
 @dataclass(frozen=True)

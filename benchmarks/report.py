@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from benchmarks.results import Results, Row
+from benchmarks.results import GoalResult, Results, Row
 
 COLUMNS = (
     "case",
@@ -24,8 +24,8 @@ def markdown(results: Results) -> str:
     lines += table(COLUMNS, (cells(results, row) for row in results.rows))
     lines += ["", f"Speed is over {results.baseline}. GB/s counts bytes of tensors read and written.", ""]
     if results.goals:
-        ratios = ((goal.goal, goal.target, number(goal.measured)) for goal in results.goals)
-        lines += [*table(("goal", "target", "measured"), ratios), ""]
+        lines += [*table(("goal", "target", "measured", ""), map(goal_cells, results.goals)), ""]
+        lines += reasons(results.goals)
     if results.failures:
         lines += ["Failed:", "", *(f"- {failure}" for failure in results.failures), ""]
     return "\n".join(lines)
@@ -45,6 +45,23 @@ def cells(results: Results, row: Row) -> tuple[str, ...]:
         f"{row.peak_rss / 1e6:,.0f} MB",
         f"{row.added_rss / 1e6:,.0f} MB",
     )
+
+
+def goal_cells(goal: GoalResult) -> tuple[str, ...]:
+    met = {None: "not measured", True: "met", False: "not met"}[goal.met]
+    return goal.goal, goal.target, number(goal.measured), met
+
+
+def reasons(goals: Sequence[GoalResult]) -> Iterator[str]:
+    """Why goals are not met, each reason once."""
+    by_reason: dict[str, list[str]] = {}
+    for goal in goals:
+        if goal.reason:
+            by_reason.setdefault(goal.reason, []).append(goal.goal)
+    for reason, texts in by_reason.items():
+        yield f"- {'; '.join(texts)}: {reason}"
+    if by_reason:
+        yield ""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

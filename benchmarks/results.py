@@ -86,7 +86,10 @@ class GoalResult:
     goal: str
     target: str
     measured: float | None
-    """A ratio; None where one of its parts was not measured."""
+    """A ratio or an amount; None where one of its parts was not measured."""
+    met: bool | None
+    reason: str
+    """Why it is not met, as far as that is known."""
 
 
 @dataclass

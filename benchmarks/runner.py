@@ -4,14 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import FOLDER
 from benchmarks.machine import this_machine
 from benchmarks.question import AnyQuestion, Case, Contender
-from benchmarks.results import GoalResult, Measurement, Results, Row
+from benchmarks.results import Measurement, Results, Row
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +36,14 @@ def turns(question: AnyQuestion, rounds: int, quick: bool) -> Iterator[Turn]:
 
 def ask(name: str, question: AnyQuestion, rounds: int, quick: bool, announce: Callable[[str], None]) -> Results:
     """Run all turns; `announce` is told of each before it starts. A contender that fails is left out from then on."""
+    with tempfile.TemporaryDirectory(prefix="fastopt-benchmark-") as folder:
+        return ask_in(folder, name, question, rounds, quick, announce)
+
+
+def ask_in(
+    folder: str, name: str, question: AnyQuestion, rounds: int, quick: bool, announce: Callable[[str], None]
+) -> Results:
+    """With a folder for the files that contenders read or write."""
     results = Results(name, question.title, question.baseline, this_machine())
     measured: dict[tuple[str, str], list[Measurement]] = defaultdict(list)
     failed: set[tuple[str, str]] = set()
@@ -43,7 +53,7 @@ def ask(name: str, question: AnyQuestion, rounds: int, quick: bool, announce: Ca
         if key in failed:
             continue
         try:
-            measured[key].append(measure_in_process(name, case, contender))
+            measured[key].append(measure_in_process(name, case, contender, folder))
         except ContenderError as error:
             failed.add(key)
             results.failures.append(f"{case.label}, {contender.name}: {error}")
@@ -51,7 +61,7 @@ def ask(name: str, question: AnyQuestion, rounds: int, quick: bool, announce: Ca
         for contender in question.contenders:
             if measurements := measured.get((case.label, contender.name)):
                 results.rows.append(Row(case.label, case.size, contender.name, measurements))
-    results.goals = [GoalResult(goal.text, goal.target, goal.measure(results)) for goal in question.goals]
+    results.goals = [goal.result(results) for goal in question.goals]
     return results
 
 
@@ -59,12 +69,12 @@ class ContenderError(RuntimeError):
     """A contender's process did not come to its end."""
 
 
-def measure_in_process(name: str, case: Case, contender: Contender[Any]) -> Measurement:
+def measure_in_process(name: str, case: Case, contender: Contender[Any], folder: str) -> Measurement:
     command = [sys.executable, "-m", "benchmarks.contender", "--question", name, "--contender", contender.name]
     finished = subprocess.run(
         [*command, "--size", json.dumps(case.size)],
         cwd=ROOT,
-        env={**os.environ, **contender.environment},
+        env={**os.environ, FOLDER: folder, **contender.environment},
         capture_output=True,
         text=True,
         check=False,

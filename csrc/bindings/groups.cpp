@@ -84,6 +84,15 @@ class Numbering {
   std::vector<py::object> ints_;
 };
 
+// An empty dict with room for so many items: growing one to 100,000 costs as much as filling it.
+py::dict dict_for(Py_ssize_t size) {
+  PyObject* made = _PyDict_NewPresized(size);
+  if (made == nullptr) {
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::dict>(made);
+}
+
 void set_item(const py::dict& dict, py::handle key, py::handle value) {
   if (PyDict_SetItem(dict.ptr(), key.ptr(), value.ptr()) != 0) {
     throw py::error_already_set();
@@ -114,7 +123,7 @@ py::tuple index_state(const py::list& param_lists, const py::dict& state) {
   for (const py::object& params : groups) {
     packed_lists.append(in_order ? numbering.add_distinct_group(params) : numbering.add_group(params));
   }
-  py::dict packed_state;
+  const py::dict packed_state = dict_for(PyDict_GET_SIZE(state.ptr()));
   PyObject* key = nullptr;
   PyObject* value = nullptr;
   Py_ssize_t position = 0;
@@ -133,7 +142,11 @@ py::tuple index_state(const py::list& param_lists, const py::dict& state) {
 
 // Saved ids zipped with the parameters, over all groups in order; a saved id that stands twice: the last wins.
 py::dict id_map(const py::list& saved_lists, const py::list& param_lists) {
-  py::dict map;
+  Py_ssize_t ids = 0;
+  for (const py::handle& saved : saved_lists) {
+    ids += static_cast<Py_ssize_t>(py::len(saved));
+  }
+  const py::dict map = dict_for(ids);
   for (size_t group = 0; group < saved_lists.size(); ++group) {
     const py::object saved = as_sequence(saved_lists[group]);
     const py::object params = as_sequence(param_lists[group]);
