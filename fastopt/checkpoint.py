@@ -106,11 +106,13 @@ def save(
     After any error of this save an existing file is as it was.
     """
     if background:
-        future = in_background(optimizer, path, partial(copied, optimizer, dtype), partial(write_ready, path))
+        # The process may be elsewhere when it is written.
+        place = path if os.path.isabs(path) else os.path.join(os.getcwd(), os.fsdecode(path))
+        future = in_background(optimizer, place, partial(copied, optimizer, dtype), partial(write_ready, path, place))
         raise_unasked(f"the save to {os.fspath(path)} goes on in the background", future)
         return future
     with in_turn(path):
-        report = write_ready(path, ready(optimizer, dtype))
+        report = write_ready(path, path, ready(optimizer, dtype))
     raise_unasked(f"the save to {os.fspath(path)} is done")
     return report
 
@@ -142,13 +144,13 @@ def copied(optimizer: Optimizer, dtype: DTypes | None) -> Ready:
     return Ready(started, taken.state_dict(), None, taken.report)
 
 
-def write_ready(path: str | os.PathLike[str], what: Ready) -> SaveReport:
-    """Write what is to be written."""
-    formats.write(path, what.saved, what.dtypes)
+def write_ready(path: str | os.PathLike[str], place: str | os.PathLike[str], what: Ready) -> SaveReport:
+    """Write what is to be written; `path` is what the user calls the place."""
+    formats.write(place, what.saved, what.dtypes)
     seconds = time.perf_counter() - what.started
     casts = {pair: count for pair, count in what.report.casts.items() if pair[0] != pair[1]}
     tensors = count_tensors(what.saved["state"])
-    return SaveReport(os.fspath(path), tensors, formats.size_of(path), seconds, casts, what.report.unused_patterns)
+    return SaveReport(os.fspath(path), tensors, formats.size_of(place), seconds, casts, what.report.unused_patterns)
 
 
 def count_tensors(value: Any) -> int:
