@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from fastopt.background import in_background, in_turn, raise_unasked
+from fastopt.casting import Cast
 from fastopt.files import formats
 from fastopt.files.torch_file import SafeGlobal
 from fastopt.flattened import is_flattened, unflattened
@@ -20,7 +21,7 @@ from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import CastCount, LoadReport
 from fastopt.saving import DTypesById, with_dtypes
 from fastopt.snapshot import snapshot
-from fastopt.state_dict import StateDict, cast_by, load_checked, state_dict
+from fastopt.state_dict import MakeCast, StateDict, cast_by, load_checked, state_dict
 from fastopt.text import counted, dtype_name, duration, listed, size, some
 
 DEPTH = 3
@@ -201,7 +202,8 @@ def load(
 
     Raises:
         OSError: the file cannot be opened.
-        CheckpointError: it is no checkpoint, or a damaged one; or it has no checksums and `verify` asks for them.
+        CheckpointError: it is no checkpoint, or a damaged one, or a file that was written to meanwhile; or it has no
+            checksums and `verify` asks for them.
         pickle.UnpicklingError: the file names classes or functions that are not allowed; the text lists them.
         KeyError: there is no state dict at `key`; the text says where there are some.
         Exception: what torch raises for a file that is damaged, or what `load_state_dict` raises.
@@ -209,21 +211,29 @@ def load(
     After any error the optimizer is as it was, as far as `load_state_dict` says.
     """
     started = time.perf_counter()
+    check = formats.check_of_change(path)
     saved = read_state_dict(path, key, safe_globals, verify)
     if transform is not None:
         saved = transform(saved)
+    fresh = transform is None  # else what is in memory may be another state than what is in the file
+
+    def options() -> MakeCast:
+        make_cast = cast_by(saved, True, Policy(policy, device), inplace, False, audit, reads_files=fresh)
+        return lambda *arguments: checking(make_cast(*arguments), check)
+
     try:
-        fresh = transform is None  # else what is in memory may be another state than what is in the file
-        report = load_checked(
-            optimizer,
-            saved,
-            lambda: cast_by(saved, True, Policy(policy, device), inplace, False, audit, reads_files=fresh),
-        )
+        report = load_checked(optimizer, saved, options)
     except Exception as error:
         error.add_note(f"while loading {os.fspath(path)}")
         raise
     report.seconds = time.perf_counter() - started
     return report
+
+
+def checking(cast: Cast, check: Callable[[], None]) -> Cast:
+    """A cast that looks at what it has read from before the optimizer changes."""
+    cast.check_source = check
+    return cast
 
 
 def read_state_dict(
