@@ -353,6 +353,11 @@ int64_t elements_needed(const Counts& sizes, const Counts& strides, int64_t offs
   return number == 0 ? offset : sum(last, 1);
 }
 
+// Torch's operations may kill the process where it is not, and archives that others have packed are not.
+bool is_aligned(const c10::StorageImpl& storage, at::ScalarType dtype) {
+  return reinterpret_cast<uintptr_t>(storage.data()) % c10::elementSize(dtype) == 0;
+}
+
 class Decoder {
  public:
   Decoder(std::string_view pickle, const StorageOf& storage_of)
@@ -611,7 +616,7 @@ class Decoder {
     const Counts sizes = counts_from(object_of(arguments[2]));
     const Counts strides = counts_from(object_of(arguments[3]));
     const auto held = static_cast<int64_t>(storage.impl->nbytes() / c10::elementSize(dtype));
-    require(elements_needed(sizes, strides, offset) <= held);
+    require(elements_needed(sizes, strides, offset) <= held && is_aligned(*storage.impl, dtype));
     return checked(THPVariable_Wrap(tensor_over(memory_, c10::Storage(storage.impl), dtype, sizes, strides, offset)));
   }
 
