@@ -107,8 +107,9 @@ def save(
     After any error of this save an existing file is as it was.
     """
     if background:
-        # The process may be elsewhere when it is written.
-        place = path if os.path.isabs(path) else os.path.join(os.getcwd(), os.fsdecode(path))
+        place = os.fsdecode(path)
+        if not os.path.isabs(place):  # the process may be elsewhere when it is written
+            place = os.path.join(os.getcwd(), place)
         future = in_background(optimizer, place, partial(copied, optimizer, dtype), partial(write_ready, path, place))
         raise_unasked(f"the save to {os.fspath(path)} goes on in the background", future)
         return future
