@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "checked.h"
 #include "memory.h"
 #include "new_tensor.h"
 
@@ -264,19 +265,6 @@ Memo expected_memo(std::string_view pickle) {
       default:  // has no argument, or stops the decoder when it gets there
         break;
     }
-  }
-}
-
-py::object checked(PyObject* object) {
-  if (object == nullptr) {
-    throw py::error_already_set();
-  }
-  return py::reinterpret_steal<py::object>(object);
-}
-
-void check(int status) {
-  if (status != 0) {
-    throw py::error_already_set();
   }
 }
 
