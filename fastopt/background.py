@@ -87,6 +87,13 @@ class Saves:
         with self.lock:
             self.unfinished.pop(save, None)
 
+    def drop(self, save: Save[Any]) -> None:
+        """Let go of a save that has not begun; others may wait for it already."""
+        with self.lock:
+            if save.cancel():
+                save.set_running_or_notify_cancel()
+                self.leave(save)
+
     def of(self, owner: Any) -> list[Save[Any]]:
         """Saves in the background that are not over."""
         with self.lock:
@@ -108,7 +115,9 @@ class Saves:
     def run(self, save: Save[T], before: list[Save[Any]], work: Callable[[], T]) -> None:
         """What the thread of a save does."""
         concurrent.futures.wait(before)
-        if save.set_running_or_notify_cancel():
+        with self.lock:
+            begins = save in self.unfinished and save.set_running_or_notify_cancel()
+        if begins:
             try:
                 save.set_result(work())
             except BaseException as error:
@@ -129,7 +138,7 @@ class Saves:
             thread.start()
         except BaseException:
             if not thread.is_alive():
-                self.leave(save)
+                self.drop(save)
             raise
 
     def finish(self) -> None:

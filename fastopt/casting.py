@@ -6,7 +6,7 @@ The reference is `cast(param, value)` within `torch.optim.Optimizer.load_state_d
 
 import copy as copying
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ class Cast:
         self.gives = False
         # A hook may have changed what the mapping holds, and the file knows nothing of that.
         self.reads_files = reads_files and not optimizer._optimizer_load_state_dict_pre_hooks
+        self.check_source: Callable[[], None] = lambda: None
+        """Raises where what the values were read from has changed meanwhile."""
         self.report = LoadReport(self.backend.name, audit={} if audit else None)
 
     def saved_state(self, state_dict: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from fastopt.background import in_background, in_turn, raise_unasked
+from fastopt.casting import Cast
 from fastopt.files import formats
 from fastopt.files.torch_file import SafeGlobal
 from fastopt.flattened import is_flattened, unflattened
@@ -20,7 +21,7 @@ from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import CastCount, LoadReport
 from fastopt.saving import DTypesById, with_dtypes
 from fastopt.snapshot import snapshot
-from fastopt.state_dict import StateDict, cast_by, load_checked, state_dict
+from fastopt.state_dict import MakeCast, StateDict, cast_by, load_checked, state_dict
 from fastopt.text import counted, dtype_name, duration, listed, size, some
 
 DEPTH = 3
@@ -106,11 +107,14 @@ def save(
     After any error of this save an existing file is as it was.
     """
     if background:
-        future = in_background(optimizer, path, partial(copied, optimizer, dtype), partial(write_ready, path))
+        place = os.fsdecode(path)
+        if not os.path.isabs(place):  # the process may be elsewhere when it is written
+            place = os.path.join(os.getcwd(), place)
+        future = in_background(optimizer, place, partial(copied, optimizer, dtype), partial(write_ready, path, place))
         raise_unasked(f"the save to {os.fspath(path)} goes on in the background", future)
         return future
     with in_turn(path):
-        report = write_ready(path, ready(optimizer, dtype))
+        report = write_ready(path, path, ready(optimizer, dtype))
     raise_unasked(f"the save to {os.fspath(path)} is done")
     return report
 
@@ -142,13 +146,13 @@ def copied(optimizer: Optimizer, dtype: DTypes | None) -> Ready:
     return Ready(started, taken.state_dict(), None, taken.report)
 
 
-def write_ready(path: str | os.PathLike[str], what: Ready) -> SaveReport:
-    """Write what is to be written."""
-    formats.write(path, what.saved, what.dtypes)
+def write_ready(path: str | os.PathLike[str], place: str | os.PathLike[str], what: Ready) -> SaveReport:
+    """Write what is to be written; `path` is what the user calls the place."""
+    formats.write(place, what.saved, what.dtypes)
     seconds = time.perf_counter() - what.started
     casts = {pair: count for pair, count in what.report.casts.items() if pair[0] != pair[1]}
     tensors = count_tensors(what.saved["state"])
-    return SaveReport(os.fspath(path), tensors, formats.size_of(path), seconds, casts, what.report.unused_patterns)
+    return SaveReport(os.fspath(path), tensors, formats.size_of(place), seconds, casts, what.report.unused_patterns)
 
 
 def count_tensors(value: Any) -> int:
@@ -199,7 +203,8 @@ def load(
 
     Raises:
         OSError: the file cannot be opened.
-        CheckpointError: it is no checkpoint, or a damaged one; or it has no checksums and `verify` asks for them.
+        CheckpointError: it is no checkpoint, or a damaged one, or a file that was written to meanwhile; or it has no
+            checksums and `verify` asks for them.
         pickle.UnpicklingError: the file names classes or functions that are not allowed; the text lists them.
         KeyError: there is no state dict at `key`; the text says where there are some.
         Exception: what torch raises for a file that is damaged, or what `load_state_dict` raises.
@@ -207,21 +212,29 @@ def load(
     After any error the optimizer is as it was, as far as `load_state_dict` says.
     """
     started = time.perf_counter()
+    check = formats.check_of_change(path)
     saved = read_state_dict(path, key, safe_globals, verify)
     if transform is not None:
         saved = transform(saved)
+    fresh = transform is None  # else what is in memory may be another state than what is in the file
+
+    def options() -> MakeCast:
+        make_cast = cast_by(saved, True, Policy(policy, device), inplace, False, audit, reads_files=fresh)
+        return lambda *arguments: checking(make_cast(*arguments), check)
+
     try:
-        fresh = transform is None  # else what is in memory may be another state than what is in the file
-        report = load_checked(
-            optimizer,
-            saved,
-            lambda: cast_by(saved, True, Policy(policy, device), inplace, False, audit, reads_files=fresh),
-        )
+        report = load_checked(optimizer, saved, options)
     except Exception as error:
         error.add_note(f"while loading {os.fspath(path)}")
         raise
     report.seconds = time.perf_counter() - started
     return report
+
+
+def checking(cast: Cast, check: Callable[[], None]) -> Cast:
+    """A cast that looks at what it has read from before the optimizer changes."""
+    cast.check_source = check
+    return cast
 
 
 def read_state_dict(

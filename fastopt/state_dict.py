@@ -282,6 +282,7 @@ def commit(optimizer: Optimizer, cast: Cast, loaded: dict[str, Any]) -> None:
     before = dict(vars(optimizer))
     try:
         cast.commit()
+        cast.check_source()
         optimizer.__setstate__(loaded)
     except BaseException as error:
         optimizer.__dict__ = before

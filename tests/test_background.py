@@ -366,3 +366,35 @@ def test_a_thread_that_does_not_start_is_an_error_and_no_wait(path, monkeypatch)
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(RuntimeError, match="start new thread"):
         fastopt.save(trained(adam()), path, background=True)
+
+
+def test_a_save_that_waits_for_one_whose_thread_does_not_start_goes_on(path, monkeypatch):
+    waiting = []
+
+    def refuse(self, start=threading.Thread.start):
+        monkeypatch.undo()
+        waiting.append(in_thread(lambda: fastopt.save(trained(adam()), path)))
+        waiting[0].join(SOON)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="start new thread"):
+        fastopt.save(trained(adam()), path, background=True)
+    waiting[0].join(AT_LAST)
+    assert not waiting[0].is_alive()
+    assert path.exists()
+
+
+def test_a_path_is_that_of_the_call_wherever_the_process_goes(path, gate, monkeypatch):
+    elsewhere = path.parent / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(path.parent)
+    optimizers = [trained(adam(), seed=seed) for seed in range(2)]
+    first = fastopt.save(optimizers[0], "other.pt", background=True)
+    gate.reached()
+    second = fastopt.save(optimizers[1], path.name, background=True)  # which waits for its turn
+    monkeypatch.chdir(elsewhere)
+    gate.event.set()
+    assert [first.result(AT_LAST).path, second.result(AT_LAST).path] == ["other.pt", path.name]
+    assert_holds(path, state_of(optimizers[1]))
+    assert not list(elsewhere.iterdir())

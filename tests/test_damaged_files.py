@@ -19,6 +19,7 @@ from tests.torch_files import (
     boundaries,
     by_torch,
     natively,
+    pack_anew,
     records_of,
     rewrite,
     set_in_directory,
@@ -201,7 +202,22 @@ def test_records_packed_anew_but_not_compressed_are_read(path):
     expected = copying.deepcopy(by_torch(path))  # the file is written over
     rewrite(path)
     Comparison().same(torch_file.read(path), expected)
-    assert natively(path) is not None
+
+
+@pytest.mark.parametrize("past", [0, 1, 2, 4, 8])
+def test_tensors_that_are_not_aligned_in_the_file_are_in_memory(path, past):
+    """Torch's operations may kill the process where they are not: a clone of complex128 does, on some machines."""
+    dtypes = [torch.complex128, torch.float64, torch.complex64, torch.float32, torch.bfloat16, torch.uint8]
+    content = [torch.arange(1001).to(dtype) for dtype in dtypes]
+    torch.save(content, path)
+    pack_anew(path, past)
+    read = torch_file.read(path)
+    assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in read)
+    assert all(map(torch.equal, [tensor.clone() for tensor in read], content))
+    assert (natively(path) is not None) == (past == 0)
+    torch.save(content[3:], path)
+    pack_anew(path, past)
+    assert (natively(path) is not None) == (past % 4 == 0)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

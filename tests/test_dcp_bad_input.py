@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import copy as copying
+import copyreg
 import io
 import os
 import pickle
@@ -120,6 +121,20 @@ def test_a_pickle_cannot_change_a_class_or_function(folder, name):
 def test_calls_of_a_pickle_do_nothing(folder, calls):
     (folder / ".metadata").write_bytes(b"\x80\x04" + calls + b".")
     refused(folder, (CheckpointError, pickle.UnpicklingError))
+
+
+@pytest.mark.parametrize("code", [b"\x82\x70", b"\x83\x70\0", b"\x84\x70\0\0\0"])
+def test_what_the_process_knows_by_a_number_is_not_called(folder, code):
+    """Once a pickle of somebody else's has used such a number, no `find_class` is asked for it any more."""
+    arguments = b"X\x08\0\0\0executedX\x01\0\0\0w\x86"
+    copyreg.add_extension("builtins", "open", 0x70)
+    try:
+        pickle.loads(b"\x80\x02\x82\x70.")
+        (folder / ".metadata").write_bytes(b"\x80\x04" + code + arguments + b"R.")
+        assert "a number of the process's" in refused(folder)
+    finally:
+        copyreg.remove_extension("builtins", "open", 0x70)
+        copyreg.clear_extension_cache()
 
 
 def rewritten(folder, name, content):

@@ -1,12 +1,14 @@
 """Loads that read a file where they cast it, and not through the mapping that its tensors lie in."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastopt
-from fastopt.files import torch_file
+from fastopt.files import formats, torch_file
 
 ELEMENTS = 300_001  # of which the mapping alone would be read in pages
 
@@ -22,6 +24,12 @@ def saved(path: Path) -> Path:
     }
     torch.save({"state": state, "param_groups": adamw().state_dict()["param_groups"]}, path)
     return path
+
+
+def adamw_of(path: Path) -> torch.optim.AdamW:
+    optimizer = adamw()
+    fastopt.load(optimizer, path)
+    return optimizer
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -78,3 +86,48 @@ def test_a_file_that_is_cut_short_meanwhile_is_an_error(
         fastopt.load(optimizer, path)
     assert any(str(path) in note for note in error.value.__notes__)
     assert not optimizer.state
+
+
+def read_and_then(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
+    """Has a file change once its tensors are known, and before they are read."""
+
+    def read_and_change(*arguments, read=formats.read):
+        content = read(*arguments)
+        change()
+        return content
+
+    monkeypatch.setattr(formats, "read", read_and_change)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", ["state.pt", "state.safetensors"])
+def test_a_file_that_is_written_to_meanwhile_is_an_error(
+    backend: str, name: str, inplace: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    fastopt.save(filled := adamw_of(saved(tmp_path / "other.pt")), path)
+
+    def change() -> None:
+        with open(path, "r+b") as file:
+            file.seek(path.stat().st_size // 2)
+            file.write(bytes(1000))
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # two changes may come in one tick of the clock
+
+    read_and_then(monkeypatch, change)
+    optimizer = filled if inplace else adamw()
+    with pytest.raises(fastopt.CheckpointError, match=f"{name} was changed while it was being read") as error:
+        fastopt.load(optimizer, path, inplace=inplace)
+    assert inplace == any("filled: " in note for note in error.value.__notes__)
+    assert inplace == bool(optimizer.state)
+
+
+@pytest.mark.parametrize("fate", ["replaced", "removed"])
+def test_a_file_that_another_takes_the_place_of_is_read_to_its_end(
+    backend: str, fate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, empty = saved(tmp_path / "state.pt"), adamw()
+    expected = moments(adamw_of(path))
+    read_and_then(monkeypatch, path.unlink if fate == "removed" else lambda: fastopt.save(empty, path))
+    optimizer = adamw()
+    fastopt.load(optimizer, path)
+    assert all(map(torch.equal, moments(optimizer), expected))

@@ -38,7 +38,13 @@ PYTHON_LAYERS = (
     ("fastopt.backends.python",),
     ("fastopt.backends.interface",),
     ("fastopt.files.torch_zip",),
-    ("fastopt.files.metadata", "fastopt.files.staging", "fastopt.files.torch_checks", "fastopt.files.torch_pickle"),
+    (
+        "fastopt.files.atomic_folder",
+        "fastopt.files.metadata",
+        "fastopt.files.staging",
+        "fastopt.files.torch_checks",
+        "fastopt.files.torch_pickle",
+    ),
     (
         "fastopt.errors",
         "fastopt.chunked",
@@ -47,7 +53,6 @@ PYTHON_LAYERS = (
         "fastopt.files",
         "fastopt.files.archive",
         "fastopt.files.atomic",
-        "fastopt.files.atomic_folder",
         "fastopt.files.checksums",
         "fastopt.files.writeback",
         "fastopt.audit",

@@ -5,6 +5,7 @@ import fcntl
 import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -246,6 +247,62 @@ def test_links_stay_and_what_they_lead_to_is_replaced(path, save):
     real.rmdir()
     with pytest.raises(FileNotFoundError):
         save(optimizer, path)
+
+
+def test_what_is_no_file_is_not_replaced(path, save):
+    os.mkfifo(path)
+    link = path.with_name(f"link-{path.name}")
+    link.symlink_to(path)
+    for place in (path, link):
+        with pytest.raises(FileExistsError, match="no regular file") as caught:
+            save(trained(adam()), place)
+        assert f"while writing {place}" in caught.value.__notes__
+    assert path.is_fifo()
+    assert names_in(path.parent) == sorted([link.name, path.name])
+
+
+def test_a_folder_that_cannot_be_synced_does_not_fail_a_save(path, save, monkeypatch):
+    def fsync(descriptor, sync=os.fsync):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "as some file systems have it")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    optimizer = trained(adam())
+    save(optimizer, path)
+    assert_holds(path, optimizer)
+
+
+def test_a_folder_that_fails_to_sync_fails_a_save(path, save, monkeypatch):
+    def fsync(descriptor, sync=os.fsync):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, "the disk is gone")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="the disk is gone"):
+        save(trained(adam()), path)
+
+
+# ---- permissions ----
+
+
+def test_the_umask_is_left_alone(path, save, monkeypatch):
+    """It is the whole process's: what other threads create meanwhile would get the permissions of a temporary file."""
+
+    def refuse(_):
+        raise AssertionError("the umask was changed")
+
+    before = os.umask(0o027)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "umask", refuse)
+        save(trained(adam()), path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    for mode in (0o604, 0o444, 0o666):
+        path.chmod(mode)
+        save(trained(adam()), path)
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    os.umask(before)
 
 
 # ---- what is left behind ----

@@ -16,7 +16,7 @@ from torch.utils.serialization import config
 
 import fastopt
 from fastopt import backends
-from fastopt.files import staging, torch_file, torch_pickle, torch_zip
+from fastopt.files import formats, staging, torch_file, torch_pickle, torch_zip
 from tests import test_load_odd_tensors
 from tests.oracle import TORCH_STATE_DICT, Bare, Comparison, adam, assert_same_error, fingerprint, outcome, parameter
 from tests.test_optimizers import EVERY, build, quietly_train
@@ -577,3 +577,25 @@ def test_an_interruption_is_passed_on(path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         torch_file.write(path, [torch.ones(5000) for _ in range(10)])
     assert os.listdir(path.parent) == []
+
+
+@pytest.mark.parametrize("alignment", [0, 0xFFFF - 31, 1 << 17])
+@pytest.mark.parametrize("name", ["a.pt", "a.dcp"])
+def test_an_alignment_that_makes_files_that_nobody_can_read(tmp_path, backend, name, alignment):
+    """With zero, torch.save ends the process; with a large one it writes such files without a word."""
+    path = tmp_path / name
+    formats.write(path, {"a": torch.ones(3)})
+    with config.patch({"save.storage_alignment": alignment}), pytest.raises(ValueError, match="storage_alignment is"):
+        formats.write(path, {"a": torch.zeros(3)})
+    assert formats.read(path, verify=True)["a"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("alignment", [1, 4096, 0xFFFF - 32])
+def test_other_alignments(tmp_path, backend, alignment):
+    content = [torch.arange(count) for count in (1, 3, 20_000, 7)]
+    with config.patch({"save.storage_alignment": alignment}):
+        torch_file.write(tmp_path / "a.pt", content)
+    for mmap in (False, True):
+        assert all(map(torch.equal, torch.load(tmp_path / "a.pt", weights_only=True, mmap=mmap), content))
+    torch_file.verify(tmp_path / "a.pt")
+    assert all(map(torch.equal, torch_file.read(tmp_path / "a.pt"), content))

@@ -42,6 +42,23 @@ def rewrite(path: Path, compression: int = zipfile.ZIP_STORED, without: str = ""
                 archive.writestr(name, data)
 
 
+def pack_anew(path: Path, past: int) -> None:
+    """Packs the records anew, each with its data so many bytes past a multiple of 64."""
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            info = zipfile.ZipInfo(name)
+            field = (past - written(archive) - 30 - len(name) - 4) % 64
+            info.extra = b"FB" + struct.pack("<H", field) + bytes(field)
+            archive.writestr(info, data)
+
+
+def written(archive: zipfile.ZipFile) -> int:
+    assert archive.fp is not None
+    return archive.fp.tell()
+
+
 def records_of(path: Path) -> dict[str, zipfile.ZipInfo]:
     """The directory, by the names that torch uses."""
     with zipfile.ZipFile(path) as archive:

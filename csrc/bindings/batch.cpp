@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "../core/cpu_target.h"
+#include "checked.h"
 #include "mapped_file.h"
 #include "new_tensor.h"
 #include "plain.h"
@@ -131,10 +132,7 @@ void Batch::copy(py::handle dst, py::handle src) {
 }
 
 py::object Batch::add(Job job, py::handle src, at::Tensor dst) {
-  auto result = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(dst)));
-  if (!result) {
-    throw py::error_already_set();
-  }
+  py::object result = checked(THPVariable_Wrap(std::move(dst)));
   if (reads_files_) {
     find_in_file(job, THPVariable_Unpack(src.ptr()).storage());
   }

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "checked.h"
 #include "memory.h"
 #include "new_tensor.h"
 
@@ -267,19 +268,6 @@ Memo expected_memo(std::string_view pickle) {
   }
 }
 
-py::object checked(PyObject* object) {
-  if (object == nullptr) {
-    throw py::error_already_set();
-  }
-  return py::reinterpret_steal<py::object>(object);
-}
-
-void check(int status) {
-  if (status != 0) {
-    throw py::error_already_set();
-  }
-}
-
 PyObject* object_of(Value& value) {
   if (value.kind == Value::Kind::EmptyOrderedDict) {
     value = {Value::Kind::Object, 0, checked(PyODict_New())};
@@ -351,6 +339,11 @@ int64_t elements_needed(const Counts& sizes, const Counts& strides, int64_t offs
     last = sizes[dim] == 0 ? last : sum(last, product(sizes[dim] - 1, strides[dim]));
   }
   return number == 0 ? offset : sum(last, 1);
+}
+
+// Torch's operations may kill the process where it is not, and archives that others have packed are not.
+bool is_aligned(const c10::StorageImpl& storage, at::ScalarType dtype) {
+  return reinterpret_cast<uintptr_t>(storage.data()) % c10::elementSize(dtype) == 0;
 }
 
 class Decoder {
@@ -611,7 +604,7 @@ class Decoder {
     const Counts sizes = counts_from(object_of(arguments[2]));
     const Counts strides = counts_from(object_of(arguments[3]));
     const auto held = static_cast<int64_t>(storage.impl->nbytes() / c10::elementSize(dtype));
-    require(elements_needed(sizes, strides, offset) <= held);
+    require(elements_needed(sizes, strides, offset) <= held && is_aligned(*storage.impl, dtype));
     return checked(THPVariable_Wrap(tensor_over(memory_, c10::Storage(storage.impl), dtype, sizes, strides, offset)));
   }
 

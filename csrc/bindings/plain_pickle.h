@@ -34,9 +34,8 @@ namespace fastopt {
 //    None, whose hashes are Python's own. BUILD puts an exact dict with str keys into the attributes of an OrderedDict
 //    (torch.nn.Module.state_dict has its versions there), and does nothing else.
 //  - What is read is a copy that nobody changes, and each read is checked against its end. Lengths are of what is
-//  there,
-//    so nothing is allocated by a number in the file alone; of the memo, only what is fetched again is kept, in a table
-//    by number. Nesting takes a stack of this machine's, not of the process.
+//    there, so nothing is allocated by a number in the file alone; of the memo, only what is fetched again is kept, in
+//    a table by number. Nesting takes a stack of this machine's, not of the process.
 //
 // Whatever is else than that throws NotPlain, and what was made is dropped: it is nobody's yet.
 struct NotPlain {};

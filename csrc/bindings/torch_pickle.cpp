@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "batch.h"
+#include "checked.h"
 #include "plain.h"
 
 namespace py = pybind11;
@@ -54,7 +55,7 @@ const char* storage_class(at::ScalarType dtype) {
 }
 
 py::object interned(const char* word) {
-  return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(word));
+  return checked(PyUnicode_InternFromString(word));
 }
 
 // Whether a pickle may come upon an object twice: not where its container has the only reference. The memo need not
@@ -387,7 +388,7 @@ void TorchPickle::check_views() const {
 
 at::ScalarType TorchPickle::dtype_of(PyObject* object, const at::Tensor& tensor) const {
   if (casts_) {
-    const auto id = py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(object));
+    const py::object id = checked(PyLong_FromVoidPtr(object));
     if (PyObject* dtype = PyDict_GetItemWithError(dtypes_.ptr(), id.ptr())) {
       return py::handle(dtype).cast<at::ScalarType>();
     }

@@ -14,6 +14,7 @@
 
 #include "batch.h"
 #include "bindings.h"
+#include "checked.h"
 #include "entries.h"
 #include "plain.h"
 #include "rules.h"
@@ -41,19 +42,6 @@ bool is_same_key(PyObject* a, PyObject* b) {
 bool is_atom(PyObject* value) {
   return value == Py_None || PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) ||
          PyUnicode_CheckExact(value);
-}
-
-void check(int status) {
-  if (status != 0) {
-    throw py::error_already_set();
-  }
-}
-
-py::object checked(PyObject* object) {
-  if (object == nullptr) {
-    throw py::error_already_set();
-  }
-  return py::reinterpret_steal<py::object>(object);
 }
 
 // A parameter in a saved state is cast as any tensor, but its deep copy is a parameter: Python's.

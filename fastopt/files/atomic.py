@@ -6,7 +6,8 @@ import fcntl
 import os
 import platform
 import re
-import tempfile
+import secrets
+import stat
 import zlib
 from collections.abc import Iterator
 from functools import cache
@@ -26,42 +27,58 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     stays one, and its target is replaced. What a process that was killed has left is removed, see Note [Abandoned].
 
     Raises:
+        FileExistsError: there is a device, a pipe or a socket at `path`.
         OSError: the file cannot be written; a note names `path`.
     """
     try:
         target = Path(path).resolve()
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-        with _temporary(target) as file:
+        permissions = permissions_of(target)
+        with _temporary(target, 0o666 if permissions is None else permissions | 0o600) as file:
             try:
                 _remove_abandoned(target, file)
                 yield file
                 file.flush()
-                os.fchmod(file.fileno(), target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+                if permissions not in (None, permissions_of(Path(file.name))):
+                    os.fchmod(file.fileno(), permissions)
                 os.fsync(file.fileno())
                 os.replace(file.name, target)
             except BaseException:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(file.name)
                 raise
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except Exception as error:
         error.add_note(f"while writing {os.fspath(path)}")
         raise
 
 
-def _sync_folder(path: Path) -> None:
+def permissions_of(path: Path) -> int | None:
+    """The permissions of a file; None where there is none.
+
+    Raises:
+        OSError: there is something else, which a file must not replace: /dev/null, say.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+        raise FileExistsError(errno.EEXIST, "it is not replaced, as it is no regular file", os.fspath(path))
+    return stat.S_IMODE(mode) & 0o777
+
+
+def sync_folder(path: Path) -> None:
+    """See to it that the names in a folder are on the disk."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that sync no folders, some of FUSE
+            raise
     finally:
         os.close(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 # Note [Abandoned]
@@ -76,15 +93,22 @@ def _umask() -> int:
 # changed for a day. Where there are no locks at all nothing is removed.
 
 
-def _temporary(target: Path) -> BinaryIO:
-    """A new file beside the target, locked."""
+def _temporary(target: Path, permissions: int) -> BinaryIO:
+    """A new file beside the target, locked; the umask takes from its permissions, as from those of any new file."""
+
+    def create(path: str, flags: int) -> int:
+        return os.open(path, flags, permissions)
+
     while True:
-        # NamedTemporaryFile gives 0600; what is created anew gets what the umask leaves, as with open().
-        file = tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.{_kernel()}", delete=False)  # noqa: SIM115
+        name = os.fspath(target.with_name(f".{target.name}.{_kernel()}{secrets.token_hex(4)}"))
+        try:
+            file = open(name, "x+b", opener=create)  # noqa: SIM115, as it is the caller's
+        except FileExistsError:
+            continue
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
-            return file  # type: ignore[return-value]
+            return file
         file.close()
 
 

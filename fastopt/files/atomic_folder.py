@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fastopt.files.atomic import sync_folder
+
 RENAME_EXCHANGE = 2
 """The flag of Linux's renameat2 that makes two names change places."""
 AT_FDCWD = -100
@@ -103,12 +105,3 @@ def exchanged(one: Path, other: Path) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
         return False
     raise OSError(code, os.strerror(code), str(one), None, str(other))
-
-
-def sync_folder(path: Path) -> None:
-    """See to it that the names in a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

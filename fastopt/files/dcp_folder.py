@@ -18,7 +18,7 @@ from fastopt.files.atomic_folder import replacing_folder
 from fastopt.files.dcp_metadata import Chunk, Index, Place, TensorEntry
 from fastopt.files.dcp_shards import Known, Shard
 from fastopt.files.dcp_tree import check_reversible, leaves, tree
-from fastopt.files.torch_file import SafeGlobal
+from fastopt.files.torch_file import SafeGlobal, check_alignment
 
 
 def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> Any:
@@ -158,12 +158,13 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
         OSError: it cannot be written, or holds other files.
         TypeError: a key would not come back as it is.
         ValueError: two entries have one name (`{"a.b": …}` beside `{"a": {"b": …}}`), or a tensor is a part of one that
-            several processes hold.
+            several processes hold; or `check_alignment` has it.
 
     After any error it is as it was.
     """
     from fastopt.files import dcp_writer  # half a second, which is for those who save such a folder to wait
 
+    check_alignment()
     if not isinstance(content, Mapping):
         raise TypeError(f"a folder of torch.distributed.checkpoint holds a dict, not a {type(content).__name__}")
     check_reversible(content, tree(leaves(content)))

@@ -99,7 +99,7 @@ def read(folder: Path, allowed: Iterable[SafeGlobal] = ()) -> Index:
         raise CheckpointError(f"{folder} is no checkpoint: {what_is_there(folder)}") from error
     unpickler = Unpickler(content, allowed)
     try:
-        check_extents(content)
+        check_operations(content)
         metadata = unpickler.load()
     except Exception as error:  # pickle has many for what it cannot read
         if not unpickler.forbidden:
@@ -161,14 +161,17 @@ class Unpickler(pickle.Unpickler):
         return stand_in(full_name)  # to go on, and find all of them
 
 
-def check_extents(content: bytes) -> None:
-    """Raise if a pickle asks for more memory than its size warrants.
+def check_operations(content: bytes) -> None:
+    """Raise if a pickle asks for more memory than its size warrants, or for what the unpickler gives without asking.
 
     The unpickler makes room for as many objects as an index says (opcodes PUT, LONG_BINPUT), and touches it: up to 64
     GiB for one flipped bit. An index that is honest is less than the number of opcodes, and so less than their bytes.
 
+    What the process has registered under a number (copyreg.add_extension), and has used once, the unpickler takes from
+    a table of the process and hands out past `find_class`: a function, which the pickle can call.
+
     Raises:
-        ValueError: an index or a length is too large, or the pickle ends within an opcode.
+        ValueError: an index or a length is too large, the pickle ends within an opcode, or names something by a number.
     """
     position, end = 0, len(content)
     while (position := FIXED_EXTENTS.match(content, position).end()) < end:  # type: ignore[union-attr]
@@ -176,6 +179,8 @@ def check_extents(content: bytes) -> None:
         position += 1
         if code == b".":
             return
+        if code in EXTENSIONS:
+            raise ValueError("it names something by a number of the process's")
         extent = OPCODES[code].n if code in OPCODES else 0
         if code in b"pr":
             check_index(content[position:], code, end)
@@ -208,12 +213,16 @@ LENGTHS = {
 """Bytes of the number that says how many there are."""
 
 
+EXTENSIONS = (b"\x82", b"\x83", b"\x84")
+"""The opcodes that name something by a number of the process's: EXT1, EXT2, EXT4."""
+
+
 def fixed_extents() -> re.Pattern[bytes]:
     """All opcodes in a row whose size is no question, and short texts: with these, a pickle is scanned in no time."""
     sizes: dict[int, bytes] = defaultdict(bytes)
     for opcode in pickletools.opcodes:
         size = opcode.arg.n if opcode.arg else 0
-        if size >= 0 and opcode.code not in ".r":
+        if size >= 0 and opcode.code not in ".r" and opcode.code.encode("latin-1") not in EXTENSIONS:
             sizes[size] += re.escape(opcode.code.encode("latin-1"))
     ways = [b"[%s].{%d}" % (codes, size) for size, codes in sorted(sizes.items())]
     texts = b"|".join(b"%s.{%d}" % (re.escape(bytes([length])), length) for length in range(256))

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +105,32 @@ def format_of(path: str | os.PathLike[str]) -> Format:
     if LEGACY in begin:
         return "torch"
     raise CheckpointError(f"{name} is no checkpoint: it begins with {begin[:9]!r}; known are {SUFFIXES}")
+
+
+def check_of_change(path: str | os.PathLike[str]) -> Callable[[], None]:
+    """What raises if a file is written to from now on until it is called.
+
+    What `torch.save` writes over an old file has a bit of both for a while. A file that another takes the place of, as
+    every save of fastopt's does, stays what it is for those who have opened it. The folders of DCP are not looked at.
+
+    Raises:
+        OSError: the file is not there or cannot be opened.
+        CheckpointError: by the check, where the size or the time of the last change is another.
+    """
+    if not os.path.isfile(path):
+        return lambda: None
+    with open(path, "rb") as file:  # on networked file systems, what has been opened is known best
+        before = os.fstat(file.fileno())
+
+    def check() -> None:
+        try:
+            now = os.stat(path)
+        except OSError:  # it is gone, and stays for those who have opened it
+            return
+        if os.path.samestat(before, now) and (before.st_size, before.st_mtime_ns) != (now.st_size, now.st_mtime_ns):
+            raise CheckpointError(f"{os.fspath(path)} was changed while it was being read")
+
+    return check
 
 
 def size_of(path: str | os.PathLike[str]) -> int:

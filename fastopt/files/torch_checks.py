@@ -1,7 +1,6 @@
 """The data of `torch.save`'s zip files, held against its checksums by all threads."""
 
 import os
-import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastopt.errors import CheckpointError, NoChecksumsError
+from fastopt.files.archive import HEADER, data_start
 from fastopt.files.checksums import combined
 from fastopt.text import listed
 
@@ -24,11 +24,6 @@ MOST_THREADS = 32
 
 SHOWN = 5
 """Damaged records that an error names."""
-
-HEADER = struct.Struct("<4s22x2H")
-"""What a record begins with: its signature, and the lengths of the name and of the extra field that follow."""
-
-SIGNATURE = b"PK\x03\x04"
 
 
 def verify(path: str | os.PathLike[str]) -> None:
@@ -145,14 +140,6 @@ def checksum(fd: int, record: zipfile.ZipInfo, pool: ThreadPoolExecutor) -> int:
 def offset_of(fd: int, record: zipfile.ZipInfo) -> int:
     """Where in the file the data of a record begins."""
     return record.header_offset + data_start(record, read_all(fd, record.header_offset, HEADER.size))
-
-
-def data_start(record: zipfile.ZipInfo, header: bytes | memoryview) -> int:
-    """Where the data of a record begins, behind its header's first byte."""
-    signature, name, extra = HEADER.unpack(header)
-    if signature != SIGNATURE:
-        raise zipfile.BadZipFile(f"there is no record {record.filename} where its directory says")
-    return HEADER.size + int(name) + int(extra)
 
 
 def read_all(fd: int, offset: int, count: int) -> bytes:

@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.utils.serialization import config
 
 from fastopt.backends import current
 from fastopt.collector import paused_collector
 from fastopt.errors import CheckpointError
-from fastopt.files.archive import check_records
+from fastopt.files.archive import SIGNATURE, check_records
 from fastopt.files.atomic import replacing
-from fastopt.files.torch_checks import SIGNATURE
 from fastopt.files.torch_checks import verify as verify
+
+LARGEST_ALIGNMENT = 0xFFFF - 32
+"""Bytes; that of storages in a file."""
 
 SafeGlobal = Callable[..., Any] | tuple[Callable[..., Any], str]
 """A class or function that a file may name; or one and the name that it has in the file."""
@@ -26,7 +29,8 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
 
     The tensors are not read yet: they lie in a mapping of the file, and what is never looked at is never read. While
     they are in use the file must not be cut short, which would kill the process (SIGBUS). Files from before torch 1.6
-    are read as a whole, and so are those behind the name of a .safetensors file.
+    are read as a whole, and so are those behind the name of a .safetensors file, and archives that others have packed
+    anew, in which tensors are not aligned.
 
     The native backend reads what is plain (tensors, numbers, strings in dicts, lists and tuples) by itself, far faster
     where there are very many small tensors, and leaves every file that holds anything else to torch.
@@ -51,14 +55,14 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
             if (plain := current().read_torch_file(path)) is not None:
                 return plain[0]
             if is_zip := zipfile.is_zipfile(path):
-                check_records(path)
+                can_be_mapped = check_records(path)
             elif begins_as_zip(path):
                 raise CheckpointError(f"{os.fspath(path)} was cut short: a zip file has its directory at the end")
             with safe_globals(allowed):
                 if os.fsdecode(path).endswith(".safetensors"):  # torch would go by the name, not by what is in the file
                     with open(path, "rb") as file:
                         return torch.load(file, map_location="cpu", weights_only=True)
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and can_be_mapped)
     except pickle.UnpicklingError as error:
         if is_zip and (names := forbidden_globals(path, allowed)):
             raise pickle.UnpicklingError(
@@ -87,16 +91,31 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
 
     Raises:
         OSError: the file cannot be written.
+        ValueError: torch's setting for the alignment of storages makes files that nobody can read.
         Exception: what `torch.save` raises for content that it cannot save.
 
     After any error the file is as it was.
     """
+    check_alignment()
     with replacing(path) as file:
         try:
             current().write_torch_file(file.fileno(), content, dtypes or {})
         except Exception as error:
             error.add_note(f"while writing {os.fspath(path)}")
             raise
+
+
+def check_alignment() -> None:
+    """Refuse an alignment that torch's own writer does not: by zero it divides, and files of a large one are lost.
+
+    Data is aligned by a field of up to 65,535 bytes before it, which holds 32 of other things.
+    """
+    alignment = config.save.storage_alignment
+    if not 1 <= alignment <= LARGEST_ALIGNMENT:
+        raise ValueError(
+            f"torch.utils.serialization.config.save.storage_alignment is {alignment:,}; a file that can be read again "
+            f"has one of 1 to {LARGEST_ALIGNMENT:,} bytes"
+        )
 
 
 def begins_as_zip(path: str | os.PathLike[str]) -> bool:

@@ -1,7 +1,8 @@
 """Damaged checkpoints, loaded: `python -m tests.fuzz.readers --seconds 60`, or `make fuzz`.
 
-Each has to load; or to raise what is documented, name the file, and leave the optimizer as it was. A crash or
-a hang of the process ends the run as well. The file that did it is left in build/fuzz.
+Each has to load; or to raise what is documented, name the file, and leave the optimizer as it was. Where a pickle or a
+header is damaged, it has to be what torch loads. A crash or a hang of the process ends the run as well. The file that
+did it is left in build/fuzz.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 
 import fastopt
 from fastopt.files import formats
+from tests.fuzz import differential
 from tests.fuzz.mutations import mutated
 from tests.oracle import TORCH_STATE_DICT, adam, fingerprint, outcome, trained
 
@@ -81,13 +83,17 @@ def work(seed: int, seconds: float, culprit: Path) -> None:
     random_numbers, optimizer = random.Random(seed), some_optimizer()
     counts: dict[tuple[str, str], int] = {}
     with tempfile.TemporaryDirectory() as folder:
-        whole = whole_files(Path(folder))
+        whole, compared = whole_files(Path(folder)), differential.Whole(Path(folder))
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            kind = random_numbers.choice(FORMATS)
-            data = mutated(whole[kind], random_numbers.randrange(2**63))
+            kind = random_numbers.choice((*FORMATS, *differential.KINDS))
             faulthandler.dump_traceback_later(HANG, exit=True)
-            result = attempt(optimizer, culprit, data, kind, verify=random_numbers.random() < 0.5)
+            if kind in FORMATS:
+                data = mutated(whole[kind], random_numbers.randrange(2**63))
+                result = attempt(optimizer, culprit, data, kind, verify=random_numbers.random() < 0.5)
+            else:
+                differential.KINDS[kind](compared, random_numbers, culprit)
+                result = differential.held_against_torch(culprit, kind)
             if result == "loaded":  # it holds whatever the file says, which may contain itself
                 optimizer = some_optimizer()
             counts[kind, result] = counts.get((kind, result), 0) + 1

@@ -1,12 +1,14 @@
 """The fuzzer's damaged files with fixed seeds."""
 
+import random
 import subprocess
 import sys
 
 import pytest
 
-from tests.fuzz import readers
+from tests.fuzz import differential, readers
 from tests.fuzz.mutations import MUTATIONS, mutated
+from tests.torch_files import write_archive
 
 FILES = 400
 
@@ -21,6 +23,31 @@ def test_damaged_files(backend, tmp_path, kind):
             optimizer = readers.some_optimizer()
     assert results.count("loaded") < FILES / 2
     assert readers.attempt(optimizer, path, whole, kind, verify=kind != "legacy") == "loaded"
+
+
+@pytest.mark.parametrize("kind", differential.KINDS)
+def test_damaged_files_are_what_they_are_to_torch(backend, tmp_path, kind):
+    whole, path, results = differential.Whole(tmp_path), tmp_path / "damaged", []
+    for seed in range(FILES):
+        differential.KINDS[kind](whole, random.Random(seed), path)
+        results.append(differential.held_against_torch(path, kind))
+    assert results.count("read, and loaded") > FILES / 20
+    assert results.count("refused") > FILES / 20
+    path.write_bytes(whole.file)
+    assert differential.held_against_torch(path, kind) == "read, and loaded"
+
+
+def test_the_comparison_with_torch_notices(tmp_path, monkeypatch):
+    whole, path = differential.Whole(tmp_path), tmp_path / "whole.pt"
+    theirs = differential.by_torch(path)
+    monkeypatch.setattr(differential, "by_torch", lambda _: {**theirs, "param_groups": []})
+    with pytest.raises(AssertionError, match="param_groups"):
+        differential.held_against_torch(path, "headers")
+    write_archive(path, whole.pickle, {**whole.records, "byteorder": b"middle"})
+    monkeypatch.undo()
+    monkeypatch.setattr(differential.torch_file, "read", lambda _: theirs)
+    with pytest.raises(AssertionError, match="torch raises"):
+        differential.held_against_torch(path, "pickle")
 
 
 def test_a_seed_makes_one_file():
