@@ -25,8 +25,8 @@ bool copy_plain(const pybind11::list& dsts, const pybind11::list& srcs, const py
 pybind11::list to_plain(const pybind11::list& tensors, const pybind11::object& dtype, bool copy);
 
 // write_torch_file.cpp
-bool write_torch_file(int file, const pybind11::object& content, const pybind11::dict& dtypes, uint64_t alignment,
-                      const pybind11::function& write_tensors);
+pybind11::list write_torch_files(int file, const pybind11::list& contents, size_t first, const pybind11::dict& dtypes,
+                                 uint64_t start, uint64_t alignment, const pybind11::function& write_tensors);
 
 // torch_file.cpp
 pybind11::object read_torch_file(const std::string& path);

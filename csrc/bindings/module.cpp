@@ -13,8 +13,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("reads_files"));
   module.def("copy_plain", &fastopt::copy_plain, py::arg("dsts"), py::arg("srcs"), py::arg("leave"), py::arg("begun"));
   module.def("to_plain", &fastopt::to_plain, py::arg("tensors"), py::arg("dtype"), py::arg("copy"));
-  module.def("write_torch_file", &fastopt::write_torch_file, py::arg("file"), py::arg("content"), py::arg("dtypes"),
-             py::arg("alignment"), py::arg("write_tensors"));
+  module.def("write_torch_files", &fastopt::write_torch_files, py::arg("file"), py::arg("contents"), py::arg("first"),
+             py::arg("dtypes"), py::arg("start"), py::arg("alignment"), py::arg("write_tensors"));
   module.def("read_torch_file", &fastopt::read_torch_file, py::arg("path"));
   module.def("file_range", &fastopt::file_range, py::arg("tensor"));
   module.def("cast_buffer", &fastopt::cast_buffer, py::arg("src"), py::arg("src_dtype"), py::arg("dst"),

@@ -10,6 +10,9 @@ import torch
 Group = dict[str, Any]
 State = defaultdict[Any, Any]
 
+BETWEEN = 64
+"""Files of `torch.save` within a file begin at multiples of so many bytes, as the tensors in them do."""
+
 
 class Rules(Protocol):
     """How one value of a saved state becomes a value of the optimizer: `fastopt.casting.Cast`, seen from below."""
@@ -89,8 +92,20 @@ class Backend(Protocol):
     def to(self, tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list[torch.Tensor]:
         """`tensor.to(**options, copy=copy)` for each."""
 
-    def write_torch_file(self, fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -> None:
-        """What `torch.save` writes, into an empty file: `fastopt.files.torch_file.write` says more."""
+    def write_torch_files(
+        self, fd: int, contents: list[Any], dtypes: Mapping[int, torch.dtype], start: int = 0
+    ) -> list[tuple[int, int]]:
+        """What `torch.save` writes for each content, one after the other: `fastopt.files.torch_file.write` says more.
+
+        Args:
+            fd: an open file, which holds nothing from `start` on.
+            contents: one for each of the files in it.
+            dtypes: as in `fastopt.files.torch_file.write`.
+            start: a multiple of `BETWEEN`.
+
+        Returns:
+            Where each is: its offset, a multiple of `BETWEEN`, and its bytes.
+        """
 
     def read_torch_file(self, path: str | os.PathLike[str]) -> tuple[Any] | None:
         """What a file of `torch.save` holds, as `torch.load(path, "cpu", weights_only=True, mmap=True)` gives it.

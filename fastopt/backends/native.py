@@ -101,10 +101,19 @@ def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list
     return results
 
 
-def write_torch_file(fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -> None:
-    write_large = partial(write_tensors, fd)
-    if not _C.write_torch_file(fd, content, dict(dtypes), config.save.storage_alignment, write_large):
-        python.write_torch_file(fd, content, dtypes)
+def write_torch_files(
+    fd: int, contents: list[Any], dtypes: Mapping[int, torch.dtype], start: int = 0
+) -> list[tuple[int, int]]:
+    write_large, dtypes = partial(write_tensors, fd), dict(dtypes)
+    places: list[tuple[int, int]] = []
+    while True:
+        alignment = config.save.storage_alignment
+        places += _C.write_torch_files(fd, contents, len(places), dtypes, start, alignment, write_large)
+        if len(places) == len(contents):
+            return places
+        start = python.start_after(places, start)  # the next one is not plain
+        places += python.write_torch_files(fd, contents[len(places) : len(places) + 1], dtypes, start)
+        start = python.start_after(places, start)
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> tuple[Any] | None:

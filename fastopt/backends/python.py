@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastopt.backends.interface import Rules, State
+from fastopt.backends.interface import BETWEEN, Rules, State
 from fastopt.errors import OverlapError, describe_tensor
 from fastopt.files import torch_zip
 
@@ -57,8 +57,22 @@ def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list
     return [to_entry(index, tensor, options, copy) for index, tensor in enumerate(tensors)]
 
 
-def write_torch_file(fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -> None:
-    torch_zip.write(fd, content, dtypes)
+def write_torch_files(
+    fd: int, contents: list[Any], dtypes: Mapping[int, torch.dtype], start: int = 0
+) -> list[tuple[int, int]]:
+    places: list[tuple[int, int]] = []
+    for content in contents:
+        start = start_after(places, start)
+        places.append((start, torch_zip.write(fd, content, dtypes, start)))
+    return places
+
+
+def start_after(places: list[tuple[int, int]], start: int) -> int:
+    """Where the next file within a file begins; `start` where there is none yet."""
+    if not places:
+        return start
+    end = sum(places[-1])
+    return end + -end % BETWEEN
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> tuple[Any] | None:

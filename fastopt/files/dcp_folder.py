@@ -143,7 +143,9 @@ def parts(chunk: Chunk, found: dict[Place, Any]) -> Sequence[Part]:
     return [(chunk.offsets, tensor)]
 
 
-def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+def write(
+    path: str | os.PathLike[str], content: Mapping[str, Any], dtypes: Mapping[int, torch.dtype] | None = None
+) -> None:
     """Replace a folder by one that torch.distributed.checkpoint reads, in any number of processes.
 
     All of it is written beside `path`, is on the disk, and takes its place in one step; see `replacing_folder`. Only a
@@ -153,6 +155,8 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
         path: the folder.
         content: dicts, nested, with strings as keys, and an optimizer's ids. Tensors may be anywhere, on any device;
             beside tensors and dicts, lists are taken apart if they hold some, and all else is saved by `torch.save`.
+        dtypes: the dtype that a tensor gets in the folder, by its `id`; all others keep theirs. Tensors named here are
+            strided ones of no subclass that have values.
 
     Raises:
         OSError: it cannot be written, or holds other files.
@@ -168,7 +172,7 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
         raise TypeError(f"a folder of torch.distributed.checkpoint holds a dict, not a {type(content).__name__}")
     check_reversible(content, tree(leaves(content)))
     with replacing_folder(path, is_own) as folder:
-        dcp_writer.save(folder, content)
+        dcp_writer.save(folder, content, dtypes or {})
 
 
 def is_own(name: str) -> bool:
