@@ -2,56 +2,27 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_map
 
-PIECE = 2 * 2**20
-"""Bytes that are moved at a time to where their dtype can be read."""
 
+class Source(Protocol):
+    """Elements that are somewhere else than in memory that torch may read."""
 
-class Unaligned:
-    """Elements at an address that is no multiple of their size, which torch's operations must not be given.
-
-    Note [Alignment]: compilers make loops that step to a multiple of a vector's size and load from there on with
-    instructions that fail anywhere else. From an address that is no multiple of the element's size they never get
-    there, and the process dies. Bytes can be copied from any address.
-
-    Args:
-        content: the bytes, uint8 [n].
-        dtype: the dtype of the elements.
-        size: the shape.
-        stride: the strides, in elements; those of a tensor without gaps.
-    """
-
-    def __init__(self, content: torch.Tensor, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int]) -> None:
-        self.content, self.dtype, self.shape = content, dtype, torch.Size(size)
-        self.order = sorted(range(len(size)), key=lambda dimension: (-stride[dimension], dimension))
-        """The dimensions, the outermost in memory first."""
+    shape: torch.Size
 
     def copy_into(self, target: torch.Tensor) -> None:
         """Copy the elements into a tensor of the same shape, cast to its dtype."""
-        self.copy_piecewise(self.content, target.permute(self.order))
-
-    def copy_piecewise(self, content: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy bytes into a tensor that has its elements in their order, some at a time."""
-        if len(content) <= PIECE:
-            target.copy_(content.clone().view(self.dtype).view(target.shape))
-            return
-        row = len(content) // len(target)
-        rows = PIECE // row
-        for first in range(0, len(target), max(rows, 1)):
-            part = content[first * row : (first + max(rows, 1)) * row]
-            self.copy_piecewise(part, target[first : first + rows] if rows else target[first])
 
 
-Part = tuple[Sequence[int], torch.Tensor | Unaligned]
+Part = tuple[Sequence[int], torch.Tensor | Source]
 """Where a chunk begins in each dimension, and its elements."""
 
 
 class ChunkedTensor(torch.Tensor):
-    """A tensor on the CPU without memory of its own, whose chunks may lie in mappings of files that are not read yet.
+    """A tensor on the CPU without memory of its own, whose chunks may be in files that are not read yet.
 
     `.to(…)`, and `copy_` from it, go chunk by chunk, and need no memory but the result's. Any other operation is one on
     a plain tensor that is put together for it and given up after it; so is a deep copy, and what is pickled.
@@ -89,10 +60,10 @@ class ChunkedTensor(torch.Tensor):
             box = target
             for dimension, (offset, extent) in enumerate(zip(offsets, values.shape, strict=True)):
                 box = box.narrow(dimension, offset, extent)
-            if isinstance(values, Unaligned):
-                values.copy_into(box)
-            else:
+            if isinstance(values, torch.Tensor):
                 box.copy_(values)
+            else:
+                values.copy_into(box)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -129,3 +100,12 @@ def is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
             return False
         inner *= extent
     return inner == math.prod(size)
+
+
+def row_major(size: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a new tensor."""
+    strides, stride = [0] * len(size), 1
+    for dim in range(len(size) - 1, -1, -1):
+        strides[dim] = stride
+        stride *= max(size[dim], 1)
+    return tuple(strides)

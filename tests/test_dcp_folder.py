@@ -4,7 +4,6 @@ import collections
 import copy as copying
 import io
 import itertools
-import pickle
 import subprocess
 import sys
 import time
@@ -16,11 +15,11 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 import fastopt
-from fastopt import chunked
+from fastopt.backends import python
 from fastopt.chunked import ChunkedTensor
-from fastopt.files import dcp_folder, dcp_shards, dcp_writer, staging
+from fastopt.files import dcp_folder, dcp_writer, in_file, staging
 from tests import oracle
-from tests.dcp import metadata_of, torch_content, torch_load, torch_save
+from tests.dcp import metadata_of, save_in_chunks, torch_content, torch_load, torch_save
 from tests.oracle import TORCH_STATE_DICT, Comparison, adam, assert_same_load, bits, parameter, train, trained
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -185,8 +184,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("writer", [torch_save, lambda content, path: dcp_folder.write(path, content)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(folder, writer, layout, monkeypatch):
-    monkeypatch.setattr(dcp_shards, "COPIED", 0)
-    monkeypatch.setattr(chunked, "PIECE", 8)
+    monkeypatch.setattr(in_file, "COPIED", 0)
+    monkeypatch.setattr(python, "PIECE", 8)
     tensors = {"a" * length: LAYOUTS[layout]() for length in range(1, 9)}
     writer(tensors, folder)
     content, expected = dcp_folder.read(folder), torch_content(folder)
@@ -208,7 +207,7 @@ DTYPES = [
 ]
 
 
-@pytest.mark.parametrize("copied", [0, dcp_shards.COPIED], ids=["deferred", "copied"])
+@pytest.mark.parametrize("copied", [0, in_file.COPIED], ids=["deferred", "copied"])
 @pytest.mark.parametrize("target", [F32, BF16, torch.float16, F64])
 def test_tensors_at_any_byte_are_cast_like_others(folder, target, copied, monkeypatch):
     """In torch's folders a tensor begins at any byte, which its dtype is then not aligned to."""
@@ -218,8 +217,8 @@ def test_tensors_at_any_byte_are_cast_like_others(folder, target, copied, monkey
     }
     groups = [{"params": list(state)}]
     torch_save({"state": state, "param_groups": groups}, folder)
-    monkeypatch.setattr(dcp_shards, "COPIED", copied)
-    monkeypatch.setattr(chunked, "PIECE", 1000)
+    monkeypatch.setattr(in_file, "COPIED", copied)
+    monkeypatch.setattr(python, "PIECE", 1000)
     content = dcp_folder.read(folder)
     deferred = sum(isinstance(t, ChunkedTensor) for entry in content["state"].values() for t in entry.values())
     assert deferred == 0 if copied else deferred > len(state)
@@ -489,7 +488,7 @@ import sys, torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
-from fastopt.files import dcp_folder, dcp_shards
+from fastopt.files import dcp_folder
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
 part = DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)])
@@ -561,34 +560,6 @@ def test_memory_of_a_save_is_bounded(folder, backend, dtype):
     assert done.returncode == 0, done.stderr
     assert sum(file.stat().st_size for file in folder.iterdir()) > 400e6
     assert float(done.stdout) < 200
-
-
-def save_in_chunks(content, folder):
-    """As two ranks save it that hold half of each tensor."""
-    halves = copying.deepcopy(content)
-    flat = {}
-    for index, entry in halves["state"].items():
-        for key, tensor in entry.items():
-            flat[f"state.{index}.{key}"] = tensor
-    saved = {
-        f"{name}.{half}": part.clone() for name, tensor in flat.items() for half, part in enumerate(tensor.chunk(2))
-    }
-    torch_save({**saved, "param_groups": content["param_groups"]}, folder)
-    from torch.distributed.checkpoint import metadata as records
-
-    metadata = metadata_of(folder)
-    for name, tensor in flat.items():
-        chunks = []
-        for half in range(2):
-            entry = metadata.state_dict_metadata.pop(f"{name}.{half}")
-            metadata.planner_data.pop(f"{name}.{half}")
-            place = metadata.storage_data.pop(records.MetadataIndex(f"{name}.{half}", [0] * tensor.dim()))
-            offset = torch.Size([half * (len(tensor) // 2), *[0] * (tensor.dim() - 1)])
-            chunks.append(records.ChunkStorageMetadata(offset, entry.size))
-            metadata.storage_data[records.MetadataIndex(name, offset)] = place
-        metadata.state_dict_metadata[name] = records.TensorStorageMetadata(entry.properties, tensor.size(), chunks)
-        metadata.planner_data[name] = tuple(name.split("."))
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def test_tensors_in_chunks_are_what_they_were(folder):

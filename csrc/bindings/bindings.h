@@ -2,6 +2,7 @@
 // definitions.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -30,6 +31,10 @@ pybind11::list write_torch_files(int file, const pybind11::list& contents, size_
 
 // torch_file.cpp
 pybind11::object read_torch_file(const std::string& path);
+
+// file_tensors.cpp
+pybind11::list tensors_in_file(int descriptor, const std::string& path, const pybind11::list& places);
+bool read_into(int descriptor, int64_t offset, at::ScalarType dtype, const at::Tensor& target);
 pybind11::object file_range(const pybind11::object& tensor);
 
 // kernels.cpp

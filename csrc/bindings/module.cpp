@@ -1,5 +1,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "../core/cpu_target.h"
 #include "bindings.h"
@@ -16,6 +17,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("write_torch_files", &fastopt::write_torch_files, py::arg("file"), py::arg("contents"), py::arg("first"),
              py::arg("dtypes"), py::arg("start"), py::arg("alignment"), py::arg("write_tensors"));
   module.def("read_torch_file", &fastopt::read_torch_file, py::arg("path"));
+  module.def("tensors_in_file", &fastopt::tensors_in_file, py::arg("descriptor"), py::arg("path"), py::arg("places"));
+  module.def("read_into", &fastopt::read_into, py::arg("descriptor"), py::arg("offset"), py::arg("dtype"),
+             py::arg("target"));
   module.def("file_range", &fastopt::file_range, py::arg("tensor"));
   module.def("cast_buffer", &fastopt::cast_buffer, py::arg("src"), py::arg("src_dtype"), py::arg("dst"),
              py::arg("dst_dtype"), py::arg("streaming"));

@@ -7,6 +7,13 @@ from typing import Any, Protocol
 
 import torch
 
+PlaceInFile = tuple[int, int, torch.dtype, Sequence[int], Sequence[int] | None, int, bool]
+"""Where a tensor is in a file: (offset, bytes, dtype, size, strides, first, is copied).
+
+The first two are those of its storage. No strides are those of row-major order. `first` is the element of the storage
+that is its first. What is not copied lies in a mapping, and is aligned to its dtype.
+"""
+
 Group = dict[str, Any]
 State = defaultdict[Any, Any]
 
@@ -105,6 +112,35 @@ class Backend(Protocol):
 
         Returns:
             Where each is: its offset, a multiple of `BETWEEN`, and its bytes.
+        """
+
+    def tensors_in_file(
+        self, descriptor: int, path: str | os.PathLike[str], places: list[PlaceInFile]
+    ) -> list[torch.Tensor]:
+        """Tensors that lie in a private mapping of a file, or are copied out of it, each in a storage of its own.
+
+        Args:
+            descriptor: the file, open. It may be closed afterwards.
+            path: its name.
+            places: where they are.
+
+        Raises:
+            OSError: the file cannot be mapped or read, or ends before what is copied.
+            ValueError: a tensor is not within its bytes, or these are not within the file.
+        """
+
+    def read_into(self, descriptor: int, offset: int, dtype: torch.dtype, target: torch.Tensor) -> None:
+        """Fill a tensor with what stands in a file from an offset on, in row-major order, as this dtype.
+
+        Raises:
+            OSError: the file cannot be read, or ends before that.
+        """
+
+    def file_range(self, tensor: torch.Tensor) -> tuple[int, int, int, bytes] | None:
+        """Where the storage of a tensor lies in a file that is read in place of the tensor's memory.
+
+        Returns:
+            The file's descriptor, the offset, the bytes, and the file's name; None where it lies in none.
         """
 
     def read_torch_file(self, path: str | os.PathLike[str]) -> tuple[Any] | None:

@@ -15,7 +15,7 @@ from torch.utils.serialization import config
 
 from fastopt import _C
 from fastopt.backends import python
-from fastopt.backends.interface import Rules, State
+from fastopt.backends.interface import PlaceInFile, Rules, State
 from fastopt.files.staging import write_tensors
 
 name = "native"
@@ -114,6 +114,19 @@ def write_torch_files(
         start = python.start_after(places, start)  # the next one is not plain
         places += python.write_torch_files(fd, contents[len(places) : len(places) + 1], dtypes, start)
         start = python.start_after(places, start)
+
+
+def tensors_in_file(descriptor: int, path: str | os.PathLike[str], places: list[PlaceInFile]) -> list[torch.Tensor]:
+    return _C.tensors_in_file(descriptor, os.fsencode(path), places)
+
+
+def read_into(descriptor: int, offset: int, dtype: torch.dtype, target: torch.Tensor) -> None:
+    if not _C.read_into(descriptor, offset, dtype, target):
+        python.read_into(descriptor, offset, dtype, target)
+
+
+def file_range(tensor: torch.Tensor) -> tuple[int, int, int, bytes] | None:
+    return _C.file_range(tensor)
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> tuple[Any] | None:
