@@ -40,6 +40,8 @@ PYTHON_LAYERS = (
     ("fastopt.backends.interface",),
     ("fastopt.files.torch_zip",),
     (
+        "fastopt.files.atomic",
+        "fastopt.files.atomic_folder",
         "fastopt.files.metadata",
         "fastopt.files.reading",
         "fastopt.files.staging",
@@ -53,8 +55,7 @@ PYTHON_LAYERS = (
         "fastopt.containers",
         "fastopt.files",
         "fastopt.files.archive",
-        "fastopt.files.atomic",
-        "fastopt.files.atomic_folder",
+        "fastopt.files.beside",
         "fastopt.files.checksums",
         "fastopt.files.writeback",
         "fastopt.audit",
