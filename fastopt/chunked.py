@@ -25,7 +25,8 @@ class ChunkedTensor(torch.Tensor):
     """A tensor on the CPU without memory of its own, whose chunks may be in files that are not read yet.
 
     `.to(…)`, and `copy_` from it, go chunk by chunk, and need no memory but the result's. Any other operation is one on
-    a plain tensor that is put together for it and given up after it; so is a deep copy, and what is pickled.
+    a plain tensor that is put together for it and given up after it; so is a deep copy, and what is pickled. One that
+    writes to it puts it together for good; before that, a view of it is one of a copy.
 
     Args:
         size: its shape.
@@ -35,6 +36,8 @@ class ChunkedTensor(torch.Tensor):
     """
 
     parts: Sequence[Part]
+    own: torch.Tensor | None
+    """Its own memory, once something was written to it."""
 
     @staticmethod
     def __new__(  # noqa: D102
@@ -43,7 +46,7 @@ class ChunkedTensor(torch.Tensor):
         self: ChunkedTensor = torch.Tensor._make_wrapper_subclass(
             cls, size, strides=stride, dtype=dtype, device=torch.device("cpu")
         )
-        self.parts = parts
+        self.parts, self.own = parts, None
         return self
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -77,6 +80,10 @@ class ChunkedTensor(torch.Tensor):
         if func is torch.ops.aten.copy_.default and isinstance(args[1], cls) and args[0].shape == args[1].shape:
             args[1].copy_into(args[0])
             return args[0]
+        if func._schema.is_mutable:  # type: ignore[attr-defined]
+            written = tree_map(settled, args), tree_map(settled, kwargs)
+            result = func(*written[0], **written[1])
+            return args[0] if isinstance(args[0], cls) and result is args[0].own else result
         return func(*tree_map(plain, args), **tree_map(plain, kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -89,7 +96,19 @@ class ChunkedTensor(torch.Tensor):
 
 def plain(value: Any) -> Any:
     """A chunked tensor put together; anything else as it is."""
-    return value.whole() if isinstance(value, ChunkedTensor) else value
+    if not isinstance(value, ChunkedTensor):
+        return value
+    return value.whole() if value.own is None else value.own
+
+
+def settled(value: Any) -> Any:
+    """A chunked tensor's own memory, which it has from now on; anything else as it is."""
+    if not isinstance(value, ChunkedTensor):
+        return value
+    if value.own is None:
+        value.own = value.whole()
+        value.parts = [([0] * value.dim(), value.own)]
+    return value.own
 
 
 def is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:

@@ -87,6 +87,21 @@ def test_copies(pair):
     assert torch.equal(target, whole)
 
 
+def test_what_is_written_to_it_stays(pair):
+    tensor, whole = pair
+    assert tensor.mul_(2) is tensor
+    tensor.add_(tensor).clamp_(max=3)
+    expected = (whole * 2 + whole * 2).clamp(max=3)
+    assert torch.equal(tensor.to(F64), expected.to(F64))
+    target = torch.zeros(5, 6)
+    torch.add(tensor, 1, out=target)
+    assert torch.equal(target, expected + 1)
+    tensor[1:] = 7
+    assert torch.equal(tensor.to(F64)[1:], torch.full((4, 6), 7.0, dtype=F64))
+    tensor.copy_(target)
+    assert torch.equal(copying.deepcopy(tensor), target)
+
+
 def test_deep_copies_and_pickles_are_plain(pair):
     tensor, whole = pair
     one, two = copying.deepcopy([tensor, tensor])

@@ -29,6 +29,9 @@ pybind11::list to_plain(const pybind11::list& tensors, const pybind11::object& d
 pybind11::list write_torch_files(int file, const pybind11::list& contents, size_t first, const pybind11::dict& dtypes,
                                  uint64_t start, uint64_t alignment, const pybind11::function& write_tensors);
 
+// write_small.cpp
+pybind11::list write_small(int file, const pybind11::list& entries);
+
 // torch_file.cpp
 pybind11::object read_torch_file(const std::string& path);
 

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from fastopt.files.staging import Entry
+
 PlaceInFile = tuple[int, int, torch.dtype, Sequence[int], Sequence[int] | None, int, bool]
 """Where a tensor is in a file: (offset, bytes, dtype, size, strides, first, is copied).
 
@@ -112,6 +114,20 @@ class Backend(Protocol):
 
         Returns:
             Where each is: its offset, a multiple of `BETWEEN`, and its bytes.
+        """
+
+    def write_small(self, fd: int, entries: list[Entry]) -> list[int | None]:
+        """Write to a file what of the entries is small, where that is faster than `write_tensors`.
+
+        Args:
+            fd: a file that is open for writing.
+            entries: (offset, tensor, final dtype) each, in the order of their offsets.
+
+        Returns:
+            The CRC-32 of what was written for each; None for those that are left to `write_tensors`.
+
+        Raises:
+            OSError: the file could not be written.
         """
 
     def tensors_in_file(

@@ -16,7 +16,7 @@ from torch.utils.serialization import config
 from fastopt import _C
 from fastopt.backends import python
 from fastopt.backends.interface import PlaceInFile, Rules, State
-from fastopt.files.staging import write_tensors
+from fastopt.files.staging import Entry, write_tensors
 
 name = "native"
 _CPU = torch.device("cpu")  # unlike "cpu:0", which to torch is another device, and a copy
@@ -114,6 +114,10 @@ def write_torch_files(
         start = python.start_after(places, start)  # the next one is not plain
         places += python.write_torch_files(fd, contents[len(places) : len(places) + 1], dtypes, start)
         start = python.start_after(places, start)
+
+
+def write_small(fd: int, entries: list[Entry]) -> list[int | None]:
+    return _C.write_small(fd, entries)
 
 
 def tensors_in_file(descriptor: int, path: str | os.PathLike[str], places: list[PlaceInFile]) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 DAY = 86_400
 """Seconds after which a temporary that nobody has written to is abandoned, wherever it came from."""
@@ -33,7 +33,7 @@ def new_file(target: Path) -> BinaryIO:
     while True:
         # NamedTemporaryFile gives 0600; what is created anew gets what the umask leaves, as with open().
         file = tempfile.NamedTemporaryFile(dir=target.parent, prefix=_prefix(target), delete=False)  # noqa: SIM115
-        if _is_locked_in_time(file, file.name):
+        if _is_locked_in_time(file.file, file.name):
             return file  # type: ignore[return-value]
         file.close()
 
@@ -56,7 +56,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
-def _is_locked_in_time(file: BinaryIO | int, path: str) -> bool:
+def _is_locked_in_time(file: IO[bytes] | int, path: str) -> bool:
     """Lock what was made, and say whether it still has its name."""
     with contextlib.suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -180,9 +180,11 @@ def write(
 
     if not isinstance(content, Mapping):
         raise TypeError(f"a folder of torch.distributed.checkpoint holds a dict, not a {type(content).__name__}")
-    check_reversible(content, tree(leaves(content)))
+    with paused_collector():
+        entries = list(leaves(content))
+        check_reversible(content, tree(entries))
     with replacing_folder(path, is_own) as folder:
-        dcp_writer.save(folder, content, dtypes or {})
+        dcp_writer.save(folder, entries, dtypes or {})
 
 
 def is_own(name: str) -> bool:

@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 
 from fastopt.backends import current
 from fastopt.backends.interface import BETWEEN
+from fastopt.collector import paused_collector
 from fastopt.files.dcp_metadata import KeyPath
-from fastopt.files.dcp_tree import leaves, name_of
+from fastopt.files.dcp_tree import name_of
 
 FILE = f"__0_0{DEFAULT_SUFFIX}"
 """The file of the first rank, by torch's name for it."""
@@ -43,27 +44,35 @@ PLAIN_VALUES = (int, float, bool, str, bytes, type(None), list, tuple, dict, tor
 """Types of which torch knows no part that another process may hold."""
 
 
-def save(folder: Path, content: Mapping[str, Any], dtypes: Mapping[int, torch.dtype]) -> None:
+def save(folder: Path, content: Iterable[tuple[KeyPath, Any]], dtypes: Mapping[int, torch.dtype]) -> None:
     """Fill an empty folder with a checkpoint, which is on the disk afterwards but for the names of its files.
 
     Args:
         folder: the folder.
-        content: as `fastopt.files.dcp_folder.write` takes it.
+        content: paths and values, as `leaves` gives them.
         dtypes: the dtype that a tensor gets in the file, by its `id`; all others keep theirs.
 
     Raises:
         ValueError: two entries have the same name, or a part of a tensor belongs to another process.
         OSError: a file cannot be written.
     """
-    entries, paths = planned(content, dtypes)
-    metadata = Metadata(metadata_of(entries), planner_data=paths)
-    check_complete(metadata)
+    with paused_collector():
+        entries, paths = planned(content, dtypes)
+        metadata = Metadata(metadata_of(entries), planner_data=paths)
+        check_complete(metadata)
     with open(folder / FILE, "wb") as file:
-        results = list(write_entries(file.fileno(), entries, dtypes))
+        places = write_entries(file.fileno(), entries, dtypes)
         os.fsync(file.fileno())
-    writer = FileSystemWriter(folder)
-    writer.set_up_storage_writer(is_coordinator=True)
-    writer.finish(metadata, [results])
+    with paused_collector():
+        writer = FileSystemWriter(folder)
+        writer.set_up_storage_writer(is_coordinator=True)
+        writer.finish(metadata, [list(map(written, entries, places))])
+
+
+def written(entry: "Entry", place: tuple[int, int]) -> WriteResult:
+    """What torch's writer says of an entry that is in the file."""
+    offset, length = place
+    return WriteResult(entry.index, length, _StorageInfo(FILE, offset, length))
 
 
 class Entry:
@@ -79,12 +88,14 @@ class Entry:
         """What `torch.save` saves."""
 
 
-def planned(content: Mapping[str, Any], dtypes: Mapping[int, torch.dtype]) -> tuple[list[Entry], dict[str, KeyPath]]:
+def planned(
+    content: Iterable[tuple[KeyPath, Any]], dtypes: Mapping[int, torch.dtype]
+) -> tuple[list[Entry], dict[str, KeyPath]]:
     """The entries of a content, as torch's planner has them, and their paths by name."""
     entries: list[Entry] = []
     paths: dict[str, KeyPath] = {}
     write_data = known_write_data(dtypes)
-    for path, value in leaves(content):
+    for path, value in content:
         name = name_of(path)
         if name in paths:
             raise ValueError(f"two entries of the content would have the name {name!r}")
@@ -154,21 +165,19 @@ def check_complete(metadata: Metadata) -> None:
                 )
 
 
-def write_entries(fd: int, entries: Iterable[Entry], dtypes: Mapping[int, torch.dtype]) -> Iterator[WriteResult]:
-    """Write entries to a file, and say where they are."""
-    end = 0
+def write_entries(fd: int, entries: Iterable[Entry], dtypes: Mapping[int, torch.dtype]) -> list[tuple[int, int]]:
+    """Write entries to a file, and say where they are: offset and bytes."""
+    places: list[tuple[int, int]] = []
     for batch in batches(entries, dtypes):
-        contents = [content for _, content in batch]
+        end = sum(places[-1]) if places else 0
         try:
-            places = current().write_torch_files(fd, contents, dtypes, end)
+            contents = [content for _, content in batch]
+            places += current().write_torch_files(fd, contents, dtypes, end + -end % BETWEEN)
         except Exception as error:
             first, last = batch[0][0].index.fqn, batch[-1][0].index.fqn
             error.add_note(f"while writing {first!r}" + (f" to {last!r}" if last != first else ""))
             raise
-        for (entry, _), (offset, length) in zip(batch, places, strict=True):
-            yield WriteResult(entry.index, length, _StorageInfo(FILE, offset, length))
-        end = sum(places[-1])
-        end += -end % BETWEEN
+    return places
 
 
 def batches(entries: Iterable[Entry], dtypes: Mapping[int, torch.dtype]) -> Iterator[list[tuple[Entry, Any]]]:

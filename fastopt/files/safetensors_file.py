@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastopt.backends import current
 from fastopt.chunked import ChunkedTensor, row_major
 from fastopt.collector import paused_collector
 from fastopt.errors import CheckpointError
@@ -99,6 +100,8 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
 class _Named:
     """A tensor of the file."""
 
+    __slots__ = ("dtype", "name", "reference", "size", "tensor")
+
     def __init__(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         self.name = name
         self.tensor = tensor
@@ -127,14 +130,16 @@ class _Names:
         named = self.tensors[id(tensor)] = _Named(self.name(path), tensor, dtype)
         if tensor.requires_grad:
             named.reference["requires_grad"] = True
-        if (strides := dense_strides(tensor)) != row_major(tensor.shape):
+        if (strides := odd_strides(tensor)) is not None:
             named.reference["strides"] = list(strides)
         return named.reference
 
     def name(self, path: Path) -> str:
         """The keys with dots between them, and a number after it where another tensor has that name."""
-        name = readable = ".".join(map(str, path)).encode("utf-8", "backslashreplace").decode()
-        number = 2
+        readable = ".".join(map(str, path))
+        if not readable.isascii():
+            readable = readable.encode("utf-8", "backslashreplace").decode()
+        name, number = readable, 2
         while name in self.taken:
             name, number = f"{readable}~{number}", number + 1
         self.taken.add(name)
@@ -143,27 +148,37 @@ class _Names:
 
 def check(tensor: torch.Tensor, dtype: torch.dtype, path: Path) -> None:
     """Refuse what cannot be written as this dtype, before anything is."""
-    where = place(path)
     if type(tensor) is not torch.Tensor:
-        raise TypeError(f"{where} is a {type(tensor).__name__}; a safetensors file holds plain tensors alone")
+        kind = type(tensor).__name__
+        raise TypeError(f"{place(path)} is a {kind}; a safetensors file holds plain tensors alone")
     if tensor.layout is not torch.strided or tensor.is_quantized:
         kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
-        raise TypeError(f"{where} is a {kind} tensor; a safetensors file holds strided ones alone")
+        raise TypeError(f"{place(path)} is a {kind} tensor; a safetensors file holds strided ones alone")
     if dtype not in DTYPES:
-        raise TypeError(f"{where} is to be saved as {dtype}, which safetensors does not have; a .pt file can hold it")
+        raise TypeError(
+            f"{place(path)} is to be saved as {dtype}, which safetensors does not have; a .pt file can hold it"
+        )
     if tensor.is_meta:
-        raise ValueError(f"{where} is on the meta device and has no values")
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + last + 1) * tensor.dtype.itemsize if tensor.numel() else 0
+        raise ValueError(f"{place(path)} is on the meta device and has no values")
+    if not (count := tensor.numel()):
+        return
+    last = count - 1
+    if not tensor.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.dtype.itemsize
     if (there := tensor.untyped_storage().nbytes()) < needed:
-        raise ValueError(f"{where} needs {needed:,} bytes of memory and has {there:,}: its storage has been released")
+        raise ValueError(
+            f"{place(path)} needs {needed:,} bytes of memory and has {there:,}: its storage has been released"
+        )
 
 
-def dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The strides of a copy: those of the tensor, with any gaps and overlaps closed."""
-    if tensor.is_contiguous() and not {0, 1} & set(tensor.shape):
-        return row_major(tensor.shape)
-    return torch.empty_like(tensor, device="meta").stride()
+def odd_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """The strides of a copy, which are those of the tensor with any gaps and overlaps closed; None if row-major."""
+    shape = tensor.shape
+    if tensor.is_contiguous() and 0 not in shape and 1 not in shape:
+        return None
+    strides = torch.empty_like(tensor, device="meta").stride()
+    return None if strides == row_major(shape) else strides
 
 
 def fields_of(tensors: list[_Named]) -> str:
@@ -193,23 +208,27 @@ def as_json(value: Json) -> str:
 
 def write_data(fd: int, start: int, tensors: list[_Named]) -> None:
     """Write tensors from a place in the file on, and note their checksums."""
+    entries: list[Entry] = []
+    for tensor in tensors:
+        entries.append((start, tensor.tensor, tensor.dtype))
+        start += tensor.size
+    crcs = current().write_small(fd, entries)
     name = ""
 
-    def entries() -> Iterator[Entry]:
+    def left() -> Iterator[Entry]:
         nonlocal name
-        position = start
-        for tensor in tensors:
-            name = tensor.name
-            yield position, tensor.tensor, tensor.dtype
-            position += tensor.size
+        for tensor, entry, crc in zip(tensors, entries, crcs, strict=True):
+            if crc is None:
+                name = tensor.name
+                yield entry
 
     try:
-        crcs = write_tensors(fd, entries())
+        rest = iter(write_tensors(fd, left()))
     except RuntimeError as error:
         error.add_note(f"while writing {name!r}")
         raise
     for tensor, crc in zip(tensors, crcs, strict=True):
-        tensor.reference["crc32"] = f"{crc:08x}"
+        tensor.reference["crc32"] = f"{next(rest) if crc is None else crc:08x}"
 
 
 def read(path: str | os.PathLike[str], verify: bool = False) -> Any:
