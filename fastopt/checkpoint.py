@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from fastopt.background import in_background, in_turn, raise_unasked
 from fastopt.casting import Cast
 from fastopt.files import formats
+from fastopt.files.in_file import where_cut_short
 from fastopt.files.torch_file import SafeGlobal
 from fastopt.flattened import is_flattened, unflattened
 from fastopt.inspection.places import places
@@ -185,7 +186,8 @@ def load(
     Args:
         optimizer: the optimizer to fill.
         path: a file with a state dict, or with a larger checkpoint that holds one; or a folder of
-            torch.distributed.checkpoint. It must not be cut short meanwhile.
+            torch.distributed.checkpoint. It must not be cut short meanwhile, which the native backend finds to be an
+            error, while the other one dies of it.
         key: where in the checkpoint the state dict is: `"optimizer"`, or a path of keys and indices as
             `"optimizer_states.0"`, which is Lightning's. None: the whole file is the state dict.
         transform: what is done to the state dict before it is loaded, as `lambda saved: fastopt.match(saved,
@@ -225,6 +227,8 @@ def load(
     try:
         report = load_checked(optimizer, saved, options)
     except Exception as error:
+        if isinstance(error, OSError):
+            note_cut_short(error, saved)
         error.add_note(f"while loading {os.fspath(path)}")
         raise
     report.seconds = time.perf_counter() - started
@@ -235,6 +239,15 @@ def checking(cast: Cast, check: Callable[[], None]) -> Cast:
     """A cast that looks at what it has read from before the optimizer changes."""
     cast.check_source = check
     return cast
+
+
+def note_cut_short(error: OSError, saved: StateDict) -> None:
+    """Add to an error of reading the first entry that its file, cut short meanwhile, does not hold any more."""
+    for saved_id, entry in saved["state"].items():
+        for place in places(entry):
+            if isinstance(place.value, torch.Tensor) and (lacking := where_cut_short(place.value)):
+                error.add_note(f"{place.path} of parameter {saved_id!r} {lacking}")
+                return
 
 
 def read_state_dict(

@@ -2,59 +2,31 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_map
 
-PIECE = 2 * 2**20
-"""Bytes that are moved at a time to where their dtype can be read."""
 
+class Source(Protocol):
+    """Elements that are somewhere else than in memory that torch may read."""
 
-class Unaligned:
-    """Elements at an address that is no multiple of their size, which torch's operations must not be given.
-
-    Note [Alignment]: compilers make loops that step to a multiple of a vector's size and load from there on with
-    instructions that fail anywhere else. From an address that is no multiple of the element's size they never get
-    there, and the process dies. Bytes can be copied from any address.
-
-    Args:
-        content: the bytes, uint8 [n].
-        dtype: the dtype of the elements.
-        size: the shape.
-        stride: the strides, in elements; those of a tensor without gaps.
-    """
-
-    def __init__(self, content: torch.Tensor, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int]) -> None:
-        self.content, self.dtype, self.shape = content, dtype, torch.Size(size)
-        self.order = sorted(range(len(size)), key=lambda dimension: (-stride[dimension], dimension))
-        """The dimensions, the outermost in memory first."""
+    shape: torch.Size
 
     def copy_into(self, target: torch.Tensor) -> None:
         """Copy the elements into a tensor of the same shape, cast to its dtype."""
-        self.copy_piecewise(self.content, target.permute(self.order))
-
-    def copy_piecewise(self, content: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy bytes into a tensor that has its elements in their order, some at a time."""
-        if len(content) <= PIECE:
-            target.copy_(content.clone().view(self.dtype).view(target.shape))
-            return
-        row = len(content) // len(target)
-        rows = PIECE // row
-        for first in range(0, len(target), max(rows, 1)):
-            part = content[first * row : (first + max(rows, 1)) * row]
-            self.copy_piecewise(part, target[first : first + rows] if rows else target[first])
 
 
-Part = tuple[Sequence[int], torch.Tensor | Unaligned]
+Part = tuple[Sequence[int], torch.Tensor | Source]
 """Where a chunk begins in each dimension, and its elements."""
 
 
 class ChunkedTensor(torch.Tensor):
-    """A tensor on the CPU without memory of its own, whose chunks may lie in mappings of files that are not read yet.
+    """A tensor on the CPU without memory of its own, whose chunks may be in files that are not read yet.
 
     `.to(…)`, and `copy_` from it, go chunk by chunk, and need no memory but the result's. Any other operation is one on
-    a plain tensor that is put together for it and given up after it; so is a deep copy, and what is pickled.
+    a plain tensor that is put together for it and given up after it; so is a deep copy, and what is pickled. One that
+    writes to it puts it together for good; before that, a view of it is one of a copy.
 
     Args:
         size: its shape.
@@ -64,6 +36,8 @@ class ChunkedTensor(torch.Tensor):
     """
 
     parts: Sequence[Part]
+    own: torch.Tensor | None
+    """Its own memory, once something was written to it."""
 
     @staticmethod
     def __new__(  # noqa: D102
@@ -72,7 +46,7 @@ class ChunkedTensor(torch.Tensor):
         self: ChunkedTensor = torch.Tensor._make_wrapper_subclass(
             cls, size, strides=stride, dtype=dtype, device=torch.device("cpu")
         )
-        self.parts = parts
+        self.parts, self.own = parts, None
         return self
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -89,10 +63,10 @@ class ChunkedTensor(torch.Tensor):
             box = target
             for dimension, (offset, extent) in enumerate(zip(offsets, values.shape, strict=True)):
                 box = box.narrow(dimension, offset, extent)
-            if isinstance(values, Unaligned):
-                values.copy_into(box)
-            else:
+            if isinstance(values, torch.Tensor):
                 box.copy_(values)
+            else:
+                values.copy_into(box)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -106,6 +80,10 @@ class ChunkedTensor(torch.Tensor):
         if func is torch.ops.aten.copy_.default and isinstance(args[1], cls) and args[0].shape == args[1].shape:
             args[1].copy_into(args[0])
             return args[0]
+        if func._schema.is_mutable:  # type: ignore[attr-defined]
+            written = tree_map(settled, args), tree_map(settled, kwargs)
+            result = func(*written[0], **written[1])
+            return args[0] if isinstance(args[0], cls) and result is args[0].own else result
         return func(*tree_map(plain, args), **tree_map(plain, kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -118,7 +96,19 @@ class ChunkedTensor(torch.Tensor):
 
 def plain(value: Any) -> Any:
     """A chunked tensor put together; anything else as it is."""
-    return value.whole() if isinstance(value, ChunkedTensor) else value
+    if not isinstance(value, ChunkedTensor):
+        return value
+    return value.whole() if value.own is None else value.own
+
+
+def settled(value: Any) -> Any:
+    """A chunked tensor's own memory, which it has from now on; anything else as it is."""
+    if not isinstance(value, ChunkedTensor):
+        return value
+    if value.own is None:
+        value.own = value.whole()
+        value.parts = [([0] * value.dim(), value.own)]
+    return value.own
 
 
 def is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
@@ -129,3 +119,12 @@ def is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
             return False
         inner *= extent
     return inner == math.prod(size)
+
+
+def row_major(size: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a new tensor."""
+    strides, stride = [0] * len(size), 1
+    for dim in range(len(size) - 1, -1, -1):
+        strides[dim] = stride
+        stride *= max(size[dim], 1)
+    return tuple(strides)

@@ -2,13 +2,16 @@
 
 import copy as copying
 import io
+import os
 
 import pytest
 import torch
 
 import fastopt
-from fastopt import chunked
-from fastopt.chunked import ChunkedTensor, Unaligned, is_dense
+from fastopt.backends import python
+from fastopt.chunked import ChunkedTensor, is_dense
+from fastopt.files.in_file import Elements, OpenFile
+from tests.oracle import bits
 
 BF16, F64 = torch.bfloat16, torch.float64
 
@@ -19,18 +22,22 @@ CUTS = {
 }
 
 
-def unaligned(tensor):
-    """The same elements at an odd address."""
-    strides = tensor.stride()
-    flat = tensor.as_strided((tensor.numel(),), (1,))
-    content = torch.empty(flat.nbytes + 1, dtype=torch.uint8)[1:].copy_(flat.view(torch.uint8))
-    assert content.data_ptr() % tensor.itemsize
-    return Unaligned(content, tensor.dtype, tensor.shape, strides)
+@pytest.fixture
+def in_file(tmp_path):
+    """The elements of a tensor in a file, at an odd byte."""
+
+    def elements(tensor):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        flat = tensor.as_strided((tensor.numel(),), (1,))
+        path.write_bytes(b"odd" + bits(flat).tobytes())
+        return Elements(OpenFile(path), 3, tensor.dtype, tensor.shape, tensor.stride(), "it")
+
+    return elements
 
 
 @pytest.fixture(params=[16, 50, 2**21])
 def piece(request, monkeypatch):
-    monkeypatch.setattr(chunked, "PIECE", request.param)
+    monkeypatch.setattr(python, "PIECE", request.param)
 
 
 @pytest.fixture(params=CUTS)
@@ -38,12 +45,12 @@ def cut(request):
     return CUTS[request.param]
 
 
-@pytest.fixture(params=[False, True], ids=["aligned", "unaligned"])
-def pair(request, cut, piece):
+@pytest.fixture(params=[False, True], ids=["in memory", "in a file"])
+def pair(request, cut, piece, in_file, backend):
     """A tensor in chunks, and the same in one piece."""
     whole = torch.randn(5, 6)
     boxes = [(offsets, whole[offsets[0] :, offsets[1] :][: sizes[0], : sizes[1]].clone()) for offsets, sizes in cut]
-    parts = [(offsets, unaligned(box) if request.param else box) for offsets, box in boxes]
+    parts = [(offsets, in_file(box) if request.param else box) for offsets, box in boxes]
     return ChunkedTensor((5, 6), torch.float32, parts), whole
 
 
@@ -80,6 +87,21 @@ def test_copies(pair):
     assert torch.equal(target, whole)
 
 
+def test_what_is_written_to_it_stays(pair):
+    tensor, whole = pair
+    assert tensor.mul_(2) is tensor
+    tensor.add_(tensor).clamp_(max=3)
+    expected = (whole * 2 + whole * 2).clamp(max=3)
+    assert torch.equal(tensor.to(F64), expected.to(F64))
+    target = torch.zeros(5, 6)
+    torch.add(tensor, 1, out=target)
+    assert torch.equal(target, expected + 1)
+    tensor[1:] = 7
+    assert torch.equal(tensor.to(F64)[1:], torch.full((4, 6), 7.0, dtype=F64))
+    tensor.copy_(target)
+    assert torch.equal(copying.deepcopy(tensor), target)
+
+
 def test_deep_copies_and_pickles_are_plain(pair):
     tensor, whole = pair
     one, two = copying.deepcopy([tensor, tensor])
@@ -105,17 +127,21 @@ def test_deep_copies_and_pickles_are_plain(pair):
     ],
     ids=["transposed", "channels last", "ones", "scalar", "one element", "complex", "bool"],
 )
-def test_strides(whole, piece):
-    tensor = ChunkedTensor(whole.shape, whole.dtype, [([0] * whole.dim(), unaligned_or_bytes(whole))], whole.stride())
+def test_strides(whole, piece, in_file, backend):
+    tensor = ChunkedTensor(whole.shape, whole.dtype, [([0] * whole.dim(), in_file(whole))], whole.stride())
     for result in (copying.deepcopy(tensor), tensor.to(torch.complex64)):
         assert torch.equal(result, whole.to(result.dtype))
         assert result.stride() == whole.stride()
 
 
-def unaligned_or_bytes(tensor):
-    if tensor.itemsize == 1:
-        return Unaligned(tensor.view(torch.uint8), tensor.dtype, tensor.shape, tensor.stride())
-    return unaligned(tensor)
+def test_a_file_that_has_ended(in_file, backend):
+    elements = in_file(torch.randn(100, 100))
+    os.truncate(elements.file.path, 20_000)
+    tensor = ChunkedTensor((100, 100), torch.float32, [((0, 0), elements)])
+    for target in (torch.zeros(100, 100), torch.zeros(100, 100, dtype=BF16), torch.zeros(200, 100)[::2]):
+        with pytest.raises(OSError, match="the file has ended before") as caught:
+            target.copy_(tensor)
+        assert f"entry 'it' of {elements.file.path}" in caught.value.__notes__
 
 
 def test_dense():

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 import fastopt
 from fastopt.errors import CheckpointError
-from fastopt.files import dcp_folder, dcp_metadata
+from fastopt.files import dcp_folder, dcp_metadata, dcp_shards
 from tests.dcp import doctor, metadata_of, torch_save
 from tests.oracle import TORCH_STATE_DICT, adam, fingerprint, trained
 
@@ -539,3 +539,27 @@ def test_a_large_entry_that_is_damaged(tmp_path, monkeypatch):
     assert "entry 'large', at bytes" in refused(tmp_path / "checkpoint")
     rewritten(tmp_path / "checkpoint", "large", zipped((torch.zeros(30_000), Evil())))
     assert "names builtins.exec" in refused(tmp_path / "checkpoint", pickle.UnpicklingError)
+
+
+def test_what_is_like_another_entry_is_looked_at_all_the_same(tmp_path, monkeypatch):
+    """What was learnt from an entry holds for those that are the same to the byte, and for no others."""
+    folder = tmp_path / "alike"
+    torch_save({"a": torch.arange(6.0), "b": torch.arange(6.0) + 1}, folder)
+    [file] = folder.glob("*.distcp")
+    whole = file.read_bytes()
+    second = max(metadata_of(folder).storage_data.values(), key=lambda place: place.offset)
+
+    def result():
+        try:
+            return {name: tensor.tolist() for name, tensor in dcp_folder.read(folder).items()}
+        except Exception as error:
+            return type(error), str(error)
+
+    for position in range(second.offset, second.offset + second.length):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        file.write_bytes(damaged)
+        found = result()
+        with monkeypatch.context() as alone:
+            alone.setattr(dcp_shards, "MOST_OUTLINES", 0)
+            assert found == result(), position

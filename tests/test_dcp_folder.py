@@ -2,11 +2,12 @@
 
 import collections
 import copy as copying
+import io
 import itertools
-import pickle
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 import fastopt
-from fastopt import chunked
+from fastopt.backends import python
 from fastopt.chunked import ChunkedTensor
-from fastopt.files import dcp_folder, dcp_shards
+from fastopt.files import dcp_folder, dcp_writer, in_file, staging
 from tests import oracle
-from tests.dcp import metadata_of, torch_content, torch_load, torch_save
+from tests.dcp import metadata_of, save_in_chunks, torch_content, torch_load, torch_save
 from tests.oracle import TORCH_STATE_DICT, Comparison, adam, assert_same_load, bits, parameter, train, trained
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -183,8 +184,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("writer", [torch_save, lambda content, path: dcp_folder.write(path, content)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(folder, writer, layout, monkeypatch):
-    monkeypatch.setattr(dcp_shards, "COPIED", 0)
-    monkeypatch.setattr(chunked, "PIECE", 8)
+    monkeypatch.setattr(in_file, "COPIED", 0)
+    monkeypatch.setattr(python, "PIECE", 8)
     tensors = {"a" * length: LAYOUTS[layout]() for length in range(1, 9)}
     writer(tensors, folder)
     content, expected = dcp_folder.read(folder), torch_content(folder)
@@ -206,7 +207,7 @@ DTYPES = [
 ]
 
 
-@pytest.mark.parametrize("copied", [0, dcp_shards.COPIED], ids=["deferred", "copied"])
+@pytest.mark.parametrize("copied", [0, in_file.COPIED], ids=["deferred", "copied"])
 @pytest.mark.parametrize("target", [F32, BF16, torch.float16, F64])
 def test_tensors_at_any_byte_are_cast_like_others(folder, target, copied, monkeypatch):
     """In torch's folders a tensor begins at any byte, which its dtype is then not aligned to."""
@@ -216,8 +217,8 @@ def test_tensors_at_any_byte_are_cast_like_others(folder, target, copied, monkey
     }
     groups = [{"params": list(state)}]
     torch_save({"state": state, "param_groups": groups}, folder)
-    monkeypatch.setattr(dcp_shards, "COPIED", copied)
-    monkeypatch.setattr(chunked, "PIECE", 1000)
+    monkeypatch.setattr(in_file, "COPIED", copied)
+    monkeypatch.setattr(python, "PIECE", 1000)
     content = dcp_folder.read(folder)
     deferred = sum(isinstance(t, ChunkedTensor) for entry in content["state"].values() for t in entry.values())
     assert deferred == 0 if copied else deferred > len(state)
@@ -317,6 +318,86 @@ def test_what_is_saved_torch_loads(folder):
     assert TORCH_STATE_DICT(again)["param_groups"] == saved["param_groups"]
 
 
+def bits_of(tensors):
+    return {name: (tensor.dtype, tensor.stride(), bits(tensor).tobytes()) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16, F64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(7, 9), (300, 700)], ids=["small", "large"])
+def test_tensors_are_cast_while_they_are_written(folder, dtype, shape):
+    tensors = {name: make() for name, make in LAYOUTS.items()}
+    tensors.update(
+        a=torch.randn(shape) * 1e5, b=torch.randn(shape).t(), c=torch.randn(shape)[::2, 1:], d=torch.randn(5)
+    )
+    dcp_folder.write(folder, tensors, {id(tensor): dtype for name, tensor in tensors.items() if name != "d"})
+    expected = {name: tensor.to(dtype).clone() if name != "d" else tensor for name, tensor in tensors.items()}
+    by_torch = torch_content(folder)
+    assert {name: bits(by_torch[name]).tobytes() for name in tensors} == {
+        name: bits(tensor).tobytes() for name, tensor in expected.items()
+    }
+    assert bits_of(dcp_folder.read(folder)) == bits_of(expected)
+    found = {name: entry.properties.dtype for name, entry in metadata_of(folder).state_dict_metadata.items()}
+    assert found == {name: tensor.dtype for name, tensor in expected.items()}
+    dcp_folder.verify(folder)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F64, {"exp_avg": torch.float16, "step": F64}])
+def test_a_save_casts_by_the_rule_of_all_formats(folder, tmp_path, dtype):
+    optimizer = trained(adam((400, 300), (5,), amsgrad=True))
+    report = fastopt.save(optimizer, folder, dtype=dtype)
+    expected = fastopt.snapshot(optimizer, dtype=dtype).state_dict()
+    Comparison().same(torch_load({**expected, "state": zeroed(expected["state"])}, folder)["state"], expected["state"])
+    in_file = fastopt.save(optimizer, tmp_path / "state.pt", dtype=dtype)
+    assert report.casts == in_file.casts
+    assert report.casts
+    loaded = adam((400, 300), (5,), amsgrad=True)
+    fastopt.load(loaded, folder, policy="keep", verify=True)
+    assert not fastopt.diff(loaded, expected)
+
+
+def test_a_cast_that_fails_leaves_the_old_folder(folder, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    optimizer = trained(adam((300, 300)))
+    fastopt.save(optimizer, folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.setattr(staging._Writer, "cast", fail)
+    with pytest.raises(RuntimeError, match="no memory") as caught:
+        fastopt.save(optimizer, folder, dtype=BF16)
+    assert any("while writing 'state.0.step' to" in note for note in caught.value.__notes__)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
+
+
+def test_each_entry_is_as_torch_writes_it(folder, monkeypatch):
+    """Whatever their number, and whether they are written together or one is torch's to pickle."""
+    monkeypatch.setattr(dcp_writer, "MOST_ENTRIES", 7)
+    content = {f"t{index}": torch.randn(index * 977 % 23_000) for index in range(40)}
+    content.update({f"v{index}": (index, "x" * index, [1.5, None]) for index in range(20)})
+    content.update(odd={1, 2}, size=torch.Size([1]), last=torch.ones(3), range=range(3))
+    dcp_folder.write(folder, content)
+    [file] = folder.glob("*.distcp")
+    raw, end = file.read_bytes(), 0
+    for index, place in metadata_of(folder).storage_data.items():
+        assert end <= place.offset < end + 64
+        assert place.offset % 64 == 0
+        assert raw[end : place.offset] == bytes(place.offset - end)
+        end = place.offset + place.length
+        alone = io.BytesIO()
+        torch.save(content[index.fqn], alone)
+        assert without_ids(raw[place.offset : end]) == without_ids(alone.getvalue())
+    assert end == len(raw)
+
+
+def without_ids(raw):
+    """A file of `torch.save` without the numbers that it makes of its checksums, and their checksums."""
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        record = archive.getinfo("archive/.data/serialization_id")
+        number, crc = archive.read(record), record.CRC.to_bytes(4, "little")
+    return raw.replace(number, b"").replace(crc, b"")
+
+
 def test_entries_have_the_names_that_torch_gives_them(folder, tmp_path):
     content = {
         "a": {"b": [1, 2], "c": [torch.ones(1), [torch.ones(1)], [3]], "d": (torch.ones(1), 2), "e.f": {"g": None}},
@@ -407,7 +488,7 @@ import sys, torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
-from fastopt.files import dcp_folder, dcp_shards
+from fastopt.files import dcp_folder
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
 part = DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)])
@@ -457,32 +538,28 @@ def test_no_copy_of_the_files_is_made_in_memory(folder, backend, chunks):
     assert float(done.stdout) < 64
 
 
-def save_in_chunks(content, folder):
-    """As two ranks save it that hold half of each tensor."""
-    halves = copying.deepcopy(content)
-    flat = {}
-    for index, entry in halves["state"].items():
-        for key, tensor in entry.items():
-            flat[f"state.{index}.{key}"] = tensor
-    saved = {
-        f"{name}.{half}": part.clone() for name, tensor in flat.items() for half, part in enumerate(tensor.chunk(2))
-    }
-    torch_save({**saved, "param_groups": content["param_groups"]}, folder)
-    from torch.distributed.checkpoint import metadata as records
+SAVING = """
+import resource, sys, torch, fastopt
+params = [torch.nn.Parameter(torch.zeros(1 << 22)) for _ in range(24)]
+optimizer = torch.optim.SGD(params, lr=1, momentum=0.9)
+for param in params:
+    optimizer.state[param]["momentum_buffer"] = torch.ones(1 << 22)
+fastopt.save(torch.optim.SGD([torch.zeros(1)]), sys.argv[1])  # imports what it needs
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fastopt.save(optimizer, sys.argv[1], dtype=eval(sys.argv[2]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
 
-    metadata = metadata_of(folder)
-    for name, tensor in flat.items():
-        chunks = []
-        for half in range(2):
-            entry = metadata.state_dict_metadata.pop(f"{name}.{half}")
-            metadata.planner_data.pop(f"{name}.{half}")
-            place = metadata.storage_data.pop(records.MetadataIndex(f"{name}.{half}", [0] * tensor.dim()))
-            offset = torch.Size([half * (len(tensor) // 2), *[0] * (tensor.dim() - 1)])
-            chunks.append(records.ChunkStorageMetadata(offset, entry.size))
-            metadata.storage_data[records.MetadataIndex(name, offset)] = place
-        metadata.state_dict_metadata[name] = records.TensorStorageMetadata(entry.properties, tensor.size(), chunks)
-        metadata.planner_data[name] = tuple(name.split("."))
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+@pytest.mark.skipif(sys.platform != "linux", reason="units of ru_maxrss")
+@pytest.mark.parametrize("dtype", ["None", "torch.float64"])
+def test_memory_of_a_save_is_bounded(folder, backend, dtype):
+    environment = {"FASTOPT_BACKEND": backend, "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-c", SAVING, str(folder), dtype]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sum(file.stat().st_size for file in folder.iterdir()) > 400e6
+    assert float(done.stdout) < 200
 
 
 def test_tensors_in_chunks_are_what_they_were(folder):

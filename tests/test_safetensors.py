@@ -13,6 +13,7 @@ import safetensors
 import torch
 
 import fastopt
+from fastopt import backends
 from fastopt.files import safetensors_file, staging
 from tests.oracle import (
     TORCH_STATE_DICT,
@@ -158,6 +159,42 @@ def test_dtypes_in_the_file_are_chosen_by_tensor(path):
     Comparison().same(back, {"a": a.bfloat16(), "b": b.double(), "c": c.clone()})
     with pytest.raises(TypeError, match=r"^a is to be saved as torch\.complex128, which safetensors does not have"):
         safetensors_file.write(path, {"a": a}, dtypes={id(a): torch.complex128})
+
+
+def tensors_of_all_kinds():
+    tensors = {f"{count}": torch.randn(count) * 1e5 for count in (0, 1, 7, 4095, 4096, 8191, 8192, 30_000)}
+    tensors.update({str(dtype): torch.arange(5).to(dtype) for dtype in (torch.float64, torch.bool, torch.int16)})
+    tensors.update(
+        transposed=torch.randn(5, 7).t(), sliced=torch.randn(40)[3:30:2], expanded=torch.ones(1, 3).expand(4, 3)
+    )
+    tensors.update(
+        conjugated=torch.randn(3, dtype=torch.complex64).conj(), part=torch.randn(9)[2:5], number=torch.tensor(2.5)
+    )
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64, torch.float8_e5m2], ids=str)
+def test_small_tensors_are_written_as_the_others_are(path, dtype):
+    """Natively and many at once, or by the code that writes all that is larger."""
+    tensors = tensors_of_all_kinds()
+    dtypes = {id(tensor): dtype for name, tensor in tensors.items() if dtype and name != "conjugated"}
+    before, found = backends.backend().name, []
+    try:
+        for name in ("native", "python"):
+            backends.use(name)
+            safetensors_file.write(path, tensors, dtypes)
+            found.append(path.read_bytes())
+    finally:
+        backends.use(before)
+    assert found[0] == found[1]
+
+
+def test_small_tensors_are_written_natively(path, backend, monkeypatch):
+    left = []
+    monkeypatch.setattr(safetensors_file, "write_tensors", lambda fd, entries: left.extend(entries) or [0] * len(left))
+    a, b = torch.ones(5), torch.ones(70, 50)
+    safetensors_file.write(path, {"a": a, "b": b, "large": torch.ones(5000)}, {id(b): torch.bfloat16})
+    assert len(left) == (1 if backend == "native" else 3)
 
 
 def test_the_library_reads_it_under_readable_names(path):
@@ -306,7 +343,7 @@ def test_a_failing_cast_names_the_tensor(path, monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(staging._Writer, "cast", failing)
-    tensor = torch.zeros(3)
+    tensor = torch.zeros(30_000)  # more than is written natively
     with pytest.raises(RuntimeError) as caught:
         safetensors_file.write(path, {"a": torch.ones(2), "b": tensor}, {id(tensor): torch.half})
     assert "while writing 'b'" in caught.value.__notes__
@@ -322,6 +359,7 @@ def test_a_disk_that_is_full(path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(staging.os, "pwrite", failing)
+    monkeypatch.setattr(backends.current(), "write_small", failing)
     with pytest.raises(OSError, match="No space left"):
         fastopt.save(optimizer, path)
     assert path.read_bytes() == before

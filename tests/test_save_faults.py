@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 import fastopt
-from fastopt.files import atomic, formats
+from fastopt.files import beside, formats
 from tests.oracle import adam, trained
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("FASTOPT_KILLS", "200"))
 """Saves that are killed, over all ways to save."""
 NAMES = ["optimizer.pt", "optimizer.safetensors"]
+FOLDER = "optimizer.dcp"
 NOBODY = 65534
 AT_LAST = 60
 """Seconds after which something hangs."""
@@ -37,6 +38,12 @@ def save(request):
 
 @pytest.fixture(params=NAMES)
 def path(request, tmp_path):
+    return tmp_path / request.param
+
+
+@pytest.fixture(params=[*NAMES, FOLDER])
+def place(request, tmp_path):
+    """A file or a folder."""
     return tmp_path / request.param
 
 
@@ -116,10 +123,10 @@ print(in_flight, replaced)
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
-def test_a_save_that_is_killed_leaves_the_old_file_or_the_new_one(path, background):
-    kills = KILLS // 4
+def test_a_save_that_is_killed_leaves_the_old_file_or_the_new_one(place, background):
+    kills = KILLS // 6
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path), str(kills), str(background)],
+        [sys.executable, "-c", KILLED, str(place), str(kills), str(background)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -310,24 +317,56 @@ def test_the_umask_is_left_alone(path, save, monkeypatch):
 
 def temporary(path, kernel=None, ending="abcd_123"):
     """What a save that was killed has left."""
-    left = path.with_name(f".{path.name}.{kernel or atomic._kernel()}{ending}")
-    left.write_bytes(b"part")
+    left = path.with_name(f".{path.name}.{kernel or beside._kernel()}{ending}")
+    if path.name == FOLDER:
+        left.mkdir()
+        (left / "__0_0.distcp").write_bytes(b"part")
+    else:
+        left.write_bytes(b"part")
     return left
 
 
-def test_what_a_killed_save_has_left_is_removed_by_the_next(path):
-    left = temporary(path)
-    fastopt.save(trained(adam()), path)
-    assert not left.exists()
+def test_what_a_killed_save_has_left_is_removed_by_the_next(place):
+    for _ in range(2):  # at first there is nothing that is replaced
+        left = temporary(place)
+        fastopt.save(trained(adam()), place)
+        assert names_in(place.parent) == [place.name]
+        assert not left.exists()
 
 
 @pytest.mark.parametrize(("age", "goes"), [(0, False), (23, False), (25, True)])
-def test_what_another_kernel_has_left_is_removed_after_a_day(path, age, goes):
-    left = temporary(path, "0" * 8)
+def test_what_another_kernel_has_left_is_removed_after_a_day(place, age, goes):
+    left = temporary(place, "0" * 8)
     then = time.time() - 3600 * age
-    os.utime(left, (then, then))
-    fastopt.save(trained(adam()), path)
+    for one in (left, *(left.iterdir() if left.is_dir() else ())):
+        os.utime(one, (then, then))
+    fastopt.save(trained(adam()), place)
     assert left.exists() != goes
+
+
+def test_a_folder_in_which_another_kernel_still_writes_stays(tmp_path):
+    place = tmp_path / FOLDER
+    left = temporary(place, "0" * 8)
+    os.utime(left, (time.time() - 3 * beside.DAY,) * 2)  # no file was made in it since
+    fastopt.save(trained(adam()), place)
+    assert left.exists()
+
+
+def test_a_whole_folder_that_lost_its_name_stays_until_there_is_another(tmp_path):
+    """As a kill between the two steps leaves it, where the system has not one for both."""
+    place = tmp_path / FOLDER
+    optimizer = trained(adam())
+    fastopt.save(optimizer, place)
+    lost, old = temporary(place, ending="lostlost"), temporary(place, ending="lostlost.old")
+    shutil.rmtree(lost)
+    place.rename(lost)
+    optimizer.param_groups[0]["odd"] = lambda: None
+    with pytest.raises(Exception, match=r"pickle|Can't get"):
+        fastopt.save(optimizer, place)
+    assert_holds(lost, trained(adam()))
+    assert names_in(tmp_path) == sorted([lost.name, old.name])
+    fastopt.save(trained(adam(), seed=1), place)
+    assert names_in(tmp_path) == [place.name]
 
 
 def test_what_is_not_a_save_to_this_path_stays(path):
@@ -345,32 +384,33 @@ def test_what_is_not_a_save_to_this_path_stays(path):
     assert [other.read_bytes() for other in others] == [b"mine"] * len(others)
 
 
-def test_what_cannot_be_locked_is_left_alone(path, monkeypatch):
+def test_what_cannot_be_locked_is_left_alone(place, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOTSUP, "no locks here")
 
-    left = temporary(path)
+    left = temporary(place)
     monkeypatch.setattr(fcntl, "flock", refuse)
-    fastopt.save(trained(adam()), path)
+    fastopt.save(trained(adam()), place)
     assert left.exists()
-    assert path.exists()
+    assert place.exists()
 
 
-def test_a_temporary_that_is_taken_for_abandoned_before_it_is_locked_is_made_anew(path, monkeypatch):
+def test_a_temporary_that_is_taken_for_abandoned_before_it_is_locked_is_made_anew(place, monkeypatch):
     taken = []
 
     def take(file, operation, lock=fcntl.flock):
         if not taken:
-            taken.append(file.name)
-            os.unlink(file.name)
+            [name] = names_in(place.parent)
+            taken.append(name)
+            beside.remove(place.parent / name)
         lock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", take)
     optimizer = trained(adam())
-    fastopt.save(optimizer, path)
+    fastopt.save(optimizer, place)
     assert taken
-    assert_holds(path, optimizer)
-    assert names_in(path.parent) == [path.name]
+    assert_holds(place, optimizer)
+    assert names_in(place.parent) == [place.name]
 
 
 ANOTHER = """
@@ -387,9 +427,9 @@ fastopt.save(optimizer, sys.argv[1])
 
 
 @pytest.mark.parametrize("ends", ["as it should", "killed"])
-def test_two_processes_save_to_one_path(path, ends):
+def test_two_processes_save_to_one_path(place, ends):
     other = subprocess.Popen(
-        [sys.executable, "-c", ANOTHER, str(path)],
+        [sys.executable, "-c", ANOTHER, str(place)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
@@ -399,16 +439,16 @@ def test_two_processes_save_to_one_path(path, ends):
     with other:
         assert other.stdout.readline() == "writing\n"
         optimizer = trained(adam())
-        fastopt.save(optimizer, path)
-        assert_holds(path, optimizer)
-        assert len(names_in(path.parent)) == 2  # what the other one is writing
+        fastopt.save(optimizer, place)
+        assert_holds(place, optimizer)
+        assert len(names_in(place.parent)) == 2  # what the other one is writing
         if ends == "killed":
             other.kill()
             other.wait(AT_LAST)
-            fastopt.save(optimizer, path)
-            assert_holds(path, optimizer)
+            fastopt.save(optimizer, place)
+            assert_holds(place, optimizer)
         else:
             other.communicate("go on\n", timeout=AT_LAST)
             assert other.returncode == 0
-            assert formats.read(path)["param_groups"][0]["lr"] == 7
-    assert names_in(path.parent) == [path.name]
+            assert formats.read(place)["param_groups"][0]["lr"] == 7
+    assert names_in(place.parent) == [place.name]

@@ -175,6 +175,12 @@ def test_checksums_of_pieces_combine(first, second):
     assert combined(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
 
 
-def test_checksums_of_tensors():
-    tensors = [values(count, torch.float64) for count in (0, 1, CHUNK // 8, MANY)]
-    assert list(checksums(tensors)) == [zlib.crc32(tensor.numpy().tobytes()) for tensor in tensors]
+def test_checksums_of_parts_of_a_file(file):
+    content = values(2 * CHUNK // 8 + MANY, torch.float64).numpy().tobytes()
+    file.write(content)
+    file.flush()
+    ranges = [(0, 0), (5, 1), (7, CHUNK), (3, 2 * CHUNK + 1), (len(content), 0), (0, len(content))]
+    expected = [zlib.crc32(content[offset : offset + count]) for offset, count in ranges]
+    assert list(checksums(file.fileno(), ranges)) == expected
+    with pytest.raises(OSError, match=f"has ended before 2 bytes from byte {len(content)} on"):
+        list(checksums(file.fileno(), [(len(content) - 3, 5)]))

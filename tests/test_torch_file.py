@@ -275,7 +275,8 @@ def test_where_a_tensor_lies(path):
     torch.save([*tensors, tensors[0][2:]], path)
     [content] = natively(path)
     for tensor in content:
-        descriptor, offset, size = _C.file_range(tensor)
+        descriptor, offset, size, name = _C.file_range(tensor)
+        assert name == os.fsencode(path)
         storage = tensor.untyped_storage()
         assert size == storage.nbytes()
         assert list(os.pread(descriptor, size, offset)) == storage.tolist()

@@ -265,7 +265,7 @@ def test_long_containers(path, count):
 def test_a_small_state_is_pickled_natively(path, backend, monkeypatch):
     """So that what is compared above is not torch's own path twice."""
     seen = []
-    monkeypatch.setattr(backends.python, "write_torch_file", lambda *_: seen.append(1))
+    monkeypatch.setattr(backends.python, "write_torch_files", lambda *_: seen.append(1))
     torch_file.write(path, {"a": [torch.ones(2), (1, "a", None, 2.5)]})
     assert bool(seen) == (backend == "python")
 
@@ -292,7 +292,7 @@ def test_beyond_32_bits(tmp_path, size, monkeypatch):
     monkeypatch.setattr(torch_zip, "write_tensors", skipped)
     monkeypatch.setattr("fastopt.backends.native.write_tensors", skipped)
     with open(tmp_path / "ours", "wb") as file:
-        backends.current().write_torch_file(file.fileno(), content, {})
+        backends.current().write_torch_files(file.fileno(), [content], {})
     with open(tmp_path / "torchs", "wb") as file, torch.serialization.skip_data():
         torch.save(content, file)
     assert outline(tmp_path / "ours") == outline(tmp_path / "torchs")
@@ -474,11 +474,12 @@ def test_what_is_no_dtype_leaves_the_file(path, dtype):
     assert path.read_bytes() == b"old"
 
 
-def test_other_formats_cast_as_well(tmp_path):
+@pytest.mark.parametrize("name", ["a.safetensors", "a.dcp"])
+def test_other_formats_cast_as_well(tmp_path, name):
     optimizer = trained_adam()
-    report = fastopt.save(optimizer, tmp_path / "a.safetensors", dtype=BF16)
+    report = fastopt.save(optimizer, tmp_path / name, dtype=BF16)
     loaded = adam(amsgrad=True)
-    fastopt.load(loaded, tmp_path / "a.safetensors", policy="keep")
+    fastopt.load(loaded, tmp_path / name, policy="keep")
     assert not fastopt.diff(loaded, fastopt.snapshot(optimizer, dtype=BF16).state_dict())
     assert report.casts[F32, BF16].tensors == 9
 

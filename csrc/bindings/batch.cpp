@@ -49,19 +49,9 @@ Job job_of(const at::Tensor& dst, const at::Tensor& src, CastDTypes dtypes) {
 void find_in_file(Job& job, const c10::Storage& storage) {
   if (const auto range = file_range_of(*storage.unsafeGetStorageImpl())) {
     const auto before = static_cast<const char*>(job.src) - static_cast<const char*>(storage.data());
-    job.file = range->descriptor;
+    job.file = range->file.descriptor();
     job.file_offset = static_cast<int64_t>(range->offset) + before;
   }
-}
-
-[[noreturn]] void raise(const ReadError& error) {
-  if (error.code == 0) {
-    PyErr_SetString(PyExc_OSError, error.what());
-  } else {
-    errno = error.code;
-    PyErr_SetFromErrno(PyExc_OSError);
-  }
-  throw py::error_already_set();
 }
 
 void over_torch_threads(int64_t tasks, const std::function<void(int64_t)>& task) {
@@ -73,6 +63,25 @@ void over_torch_threads(int64_t tasks, const std::function<void(int64_t)>& task)
 }
 
 }  // namespace
+
+void raise(const ReadError& error) {
+  if (error.code == 0) {
+    PyErr_SetString(PyExc_OSError, error.what());
+  } else {
+    errno = error.code;
+    PyErr_SetFromErrno(PyExc_OSError);
+  }
+  throw py::error_already_set();
+}
+
+void run_jobs(std::span<const Job> jobs) {
+  try {
+    const py::gil_scoped_release without_gil;
+    fastopt::run(jobs, kernels(), at::get_num_threads(), over_torch_threads);
+  } catch (const ReadError& error) {
+    raise(error);
+  }
+}
 
 bool is_dense(const at::Tensor& tensor) {
   return tensor.is_non_overlapping_and_dense();
@@ -167,12 +176,7 @@ void Batch::hold(py::handle object) {
 }
 
 void Batch::run() {
-  try {
-    const py::gil_scoped_release without_gil;
-    fastopt::run(jobs_, kernels_, at::get_num_threads(), over_torch_threads);
-  } catch (const ReadError& error) {
-    raise(error);
-  }
+  run_jobs(jobs_);
 }
 
 }  // namespace fastopt

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
+#include <span>
 #include <vector>
 
 #include "../core/run.h"
@@ -60,6 +61,12 @@ class Batch {
   std::vector<Job> jobs_;
   std::vector<PyObject*> held_;
 };
+
+// Runs jobs over torch's threads, with the GIL released. Raises OSError where a file cannot be read.
+void run_jobs(std::span<const Job> jobs);
+
+// Raises an OSError for a file that cannot be read.
+[[noreturn]] void raise(const ReadError& error);
 
 // The job of `dst.copy_(src)`, under the conditions of Batch::copy. Throws c10::Error where there is no kernel.
 Job job_between(const at::Tensor& dst, const at::Tensor& src);

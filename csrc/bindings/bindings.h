@@ -2,6 +2,7 @@
 // definitions.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -25,11 +26,18 @@ bool copy_plain(const pybind11::list& dsts, const pybind11::list& srcs, const py
 pybind11::list to_plain(const pybind11::list& tensors, const pybind11::object& dtype, bool copy);
 
 // write_torch_file.cpp
-bool write_torch_file(int file, const pybind11::object& content, const pybind11::dict& dtypes, uint64_t alignment,
-                      const pybind11::function& write_tensors);
+pybind11::list write_torch_files(int file, const pybind11::list& contents, size_t first, const pybind11::dict& dtypes,
+                                 uint64_t start, uint64_t alignment, const pybind11::function& write_tensors);
+
+// write_small.cpp
+pybind11::list write_small(int file, const pybind11::list& entries);
 
 // torch_file.cpp
 pybind11::object read_torch_file(const std::string& path);
+
+// file_tensors.cpp
+pybind11::list tensors_in_file(int descriptor, const std::string& path, const pybind11::list& places);
+bool read_into(int descriptor, int64_t offset, at::ScalarType dtype, const at::Tensor& target);
 pybind11::object file_range(const pybind11::object& tensor);
 
 // kernels.cpp

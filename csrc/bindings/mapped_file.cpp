@@ -5,6 +5,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <utility>
+
 namespace fastopt {
 namespace {
 
@@ -19,7 +21,14 @@ c10::intrusive_ptr<MappedFile> MappedFile::open(const std::string& path) {
     return {};
   }
   // Opened without waiting: a pipe that nobody writes to is no file to map either.
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  return owned(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK), path);
+}
+
+c10::intrusive_ptr<MappedFile> MappedFile::of(int descriptor, std::string path) {
+  return owned(fcntl(descriptor, F_DUPFD_CLOEXEC, 0), std::move(path));
+}
+
+c10::intrusive_ptr<MappedFile> MappedFile::owned(int descriptor, std::string path) {
   if (descriptor < 0) {
     return {};
   }
@@ -29,7 +38,7 @@ c10::intrusive_ptr<MappedFile> MappedFile::open(const std::string& path) {
     // Pages are read and hardly ever written: memory for all of them need not be there (a file may be larger).
     void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, descriptor, 0);
     if (address != MAP_FAILED) {
-      return c10::make_intrusive<MappedFile>(descriptor, address, bytes);
+      return c10::make_intrusive<MappedFile>(descriptor, std::move(path), address, bytes);
     }
   }
   close(descriptor);
@@ -52,7 +61,7 @@ std::optional<FileRange> file_range_of(const c10::StorageImpl& storage) {
     return std::nullopt;
   }
   const auto& file = *static_cast<const MappedFile*>(memory.get_context());
-  return FileRange{file.descriptor(),
+  return FileRange{file,
                    static_cast<size_t>(static_cast<const char*>(memory.get()) - file.contents().data()),
                    storage.nbytes()};
 }

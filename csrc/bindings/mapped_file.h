@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 
 namespace fastopt {
 
@@ -20,8 +21,11 @@ class MappedFile final : public c10::intrusive_ptr_target {
   // Null where the path is no regular file with something in it that can be opened and mapped.
   static c10::intrusive_ptr<MappedFile> open(const std::string& path);
 
-  MappedFile(int descriptor, void* address, size_t bytes)
-      : descriptor_(descriptor), address_(static_cast<char*>(address)), bytes_(bytes) {}
+  // The same for a file that is open, and may be closed afterwards; `path` is its name for errors.
+  static c10::intrusive_ptr<MappedFile> of(int descriptor, std::string path);
+
+  MappedFile(int descriptor, std::string path, void* address, size_t bytes)
+      : descriptor_(descriptor), path_(std::move(path)), address_(static_cast<char*>(address)), bytes_(bytes) {}
   ~MappedFile() override;
   MappedFile(const MappedFile&) = delete;
   MappedFile& operator=(const MappedFile&) = delete;
@@ -32,9 +36,14 @@ class MappedFile final : public c10::intrusive_ptr_target {
   c10::DataPtr memory_at(size_t offset);
 
   int descriptor() const { return descriptor_; }
+  const std::string& path() const { return path_; }
 
  private:
+  // Maps a file, and closes it where that fails.
+  static c10::intrusive_ptr<MappedFile> owned(int descriptor, std::string path);
+
   const int descriptor_;
+  const std::string path_;
   char* const address_;
   const size_t bytes_;
 };
@@ -42,7 +51,7 @@ class MappedFile final : public c10::intrusive_ptr_target {
 // Where in its file a storage lies. Its memory may hold something else by now: only who has just read the file, and
 // knows that nobody has written to what came out of it, may read the file in place of the memory.
 struct FileRange {
-  int descriptor;  // as long as the storage lives
+  const MappedFile& file;  // as long as the storage lives
   size_t offset;
   size_t bytes;
 };

@@ -1,5 +1,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "../core/cpu_target.h"
 #include "bindings.h"
@@ -13,9 +14,13 @@ PYBIND11_MODULE(_C, module) {
              py::arg("reads_files"));
   module.def("copy_plain", &fastopt::copy_plain, py::arg("dsts"), py::arg("srcs"), py::arg("leave"), py::arg("begun"));
   module.def("to_plain", &fastopt::to_plain, py::arg("tensors"), py::arg("dtype"), py::arg("copy"));
-  module.def("write_torch_file", &fastopt::write_torch_file, py::arg("file"), py::arg("content"), py::arg("dtypes"),
-             py::arg("alignment"), py::arg("write_tensors"));
+  module.def("write_torch_files", &fastopt::write_torch_files, py::arg("file"), py::arg("contents"), py::arg("first"),
+             py::arg("dtypes"), py::arg("start"), py::arg("alignment"), py::arg("write_tensors"));
+  module.def("write_small", &fastopt::write_small, py::arg("file"), py::arg("entries"));
   module.def("read_torch_file", &fastopt::read_torch_file, py::arg("path"));
+  module.def("tensors_in_file", &fastopt::tensors_in_file, py::arg("descriptor"), py::arg("path"), py::arg("places"));
+  module.def("read_into", &fastopt::read_into, py::arg("descriptor"), py::arg("offset"), py::arg("dtype"),
+             py::arg("target"));
   module.def("file_range", &fastopt::file_range, py::arg("tensor"));
   module.def("cast_buffer", &fastopt::cast_buffer, py::arg("src"), py::arg("src_dtype"), py::arg("dst"),
              py::arg("dst_dtype"), py::arg("streaming"));

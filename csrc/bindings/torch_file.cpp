@@ -118,14 +118,4 @@ py::object read_torch_file(const std::string& path) {
   }
 }
 
-// -> (file descriptor, offset, bytes) of a tensor's storage; None where it lies in no file mapped by fastopt.
-py::object file_range(const py::object& tensor) {
-  if (!THPVariable_Check(tensor.ptr())) {
-    throw py::type_error("file_range: not a tensor");
-  }
-  const c10::StorageImpl* storage = THPVariable_Unpack(tensor.ptr()).storage().unsafeGetStorageImpl();
-  const auto range = file_range_of(*storage);
-  return range ? py::object(py::make_tuple(range->descriptor, range->offset, range->bytes)) : py::none();
-}
-
 }  // namespace fastopt

@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace fastopt {
@@ -37,8 +38,8 @@ class TorchPickle {
   // Pickles content. Throws NotPlain.
   void dump(pybind11::handle content);
 
-  const std::string& bytes() const { return out_; }
-  const std::vector<Stored>& storages() const { return storages_; }
+  std::string take_bytes() { return std::move(out_); }
+  std::vector<Stored> take_storages() { return std::move(storages_); }
 
  private:
   void save(PyObject* object, size_t depth);

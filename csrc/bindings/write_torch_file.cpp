@@ -1,5 +1,6 @@
 // Files of torch.save, for plain content.
 #include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
 #include <c10/util/hash.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,9 +9,11 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <deque>
 #include <iomanip>
 #include <numeric>
 #include <optional>
+#include <span>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -32,6 +35,11 @@ namespace {
 constexpr uint64_t kGathered = 16 << 10;
 
 constexpr std::string_view kFolder = "archive";  // torch's name where it writes to no path
+constexpr std::string_view kVersion = "version";
+constexpr size_t kVersionSize = 2;
+constexpr std::string_view kId = ".data/serialization_id";
+constexpr size_t kIdSize = 40;
+constexpr uint64_t kBetween = 64;  // files within one begin at multiples of this, as records in them may do
 
 // What is gathered: the bytes of a storage, or what a kernel makes of a tensor.
 struct Source {
@@ -87,7 +95,7 @@ py::tuple entry(const Stored& stored, uint64_t offset) {
 // Writes the container, and in it what is gathered.
 class Writer {
  public:
-  Writer(int file, const std::array<Record, 4>& head, uint64_t alignment) : zip_(file, kFolder, alignment) {
+  Writer(FileOutput& output, const std::array<Record, 4>& head, uint64_t alignment) : zip_(output, kFolder, alignment) {
     for (const Record& record : head) {
       count(zip_.add(record.name, record.data.data(), record.data.size()));
     }
@@ -108,10 +116,10 @@ class Writer {
   }
 
   void finish() {
-    zip_.add("version", "3\n", 2);
+    zip_.add(kVersion, "3\n", kVersionSize);
     std::ostringstream id;  // differs where the content does, as torch's
-    id << std::setfill('0') << std::setw(20) << index_ << std::setw(20) << combined_;
-    zip_.add(".data/serialization_id", id.str().data(), id.str().size());
+    id << std::setfill('0') << std::setw(kIdSize / 2) << index_ << std::setw(kIdSize / 2) << combined_;
+    zip_.add(kId, id.str().data(), kIdSize);
     zip_.finish();
   }
 
@@ -124,58 +132,111 @@ class Writer {
   alignas(8) std::array<char, kGathered> scratch_;
 };
 
+// One of the files, of which the large storages are written before the rest.
+class TorchFile {
+ public:
+  // Throws TorchPickle::NotPlain.
+  TorchFile(const py::handle& content, const py::dict& dtypes, const std::string& alignment) : alignment_(alignment) {
+    TorchPickle pickle(dtypes);
+    pickle.dump(content);
+    pickle_ = pickle.take_bytes();
+    storages_ = pickle.take_storages();
+  }
+
+  // Finds a place for all, from an offset on; returns where it ends. Appends what is large to `entries`.
+  uint64_t lay_out(uint64_t start, uint64_t alignment, py::list& entries) {
+    start_ = start;
+    ZipLayout layout(kFolder.size() + 1, alignment);
+    for (const Record& record : head()) {
+      layout.next(record.name, record.data.size());
+    }
+    for (const Stored& stored : storages_) {
+      const uint64_t offset = layout.next(storage_name(sources_.size()), stored.size).data;
+      sources_.push_back(gathered(stored));
+      if (!sources_.back()) {
+        entries.append(entry(stored, start + offset));
+      }
+    }
+    layout.next(kVersion, kVersionSize);
+    layout.next(kId, kIdSize);
+    size_ = layout.file_size();
+    return start + size_;
+  }
+
+  // Writes the rest. `crcs` are those of what is large, from the next one of this file on.
+  void write(FileOutput& output, uint64_t alignment, std::span<const uint32_t>& crcs) const {
+    static constexpr std::array<char, kBetween> kGap{};
+    output.append(kGap.data(), start_ - output.offset());
+    Writer writer(output, head(), alignment);
+    for (size_t i = 0; i < sources_.size(); ++i) {
+      if (sources_[i]) {
+        writer.add(*sources_[i]);
+      } else {
+        TORCH_INTERNAL_ASSERT(!crcs.empty());
+        writer.add_around(storages_[i].size, crcs.front());
+        crcs = crcs.subspan(1);
+      }
+    }
+    writer.finish();
+    TORCH_INTERNAL_ASSERT(output.offset() == start_ + size_);
+  }
+
+  py::tuple place() const { return py::make_tuple(start_, size_); }
+
+ private:
+  std::array<Record, 4> head() const {
+    return {
+        {{"data.pkl", pickle_}, {".format_version", "1"}, {".storage_alignment", alignment_}, {"byteorder", "little"}}};
+  }
+
+  const std::string& alignment_;
+  std::string pickle_;
+  std::vector<Stored> storages_;
+  std::vector<std::optional<Source>> sources_;
+  uint64_t start_ = 0;
+  uint64_t size_ = 0;
+};
+
 }  // namespace
 
-// Writes what torch.save would, into an empty file; false, and nothing done, where the content is not plain (Note
-// [Plain content]).
+// Writes what torch.save would, for contents from `first` on up to one that is not plain (Note [Plain content]): one
+// file after the other into an open one, from `start` on, which nobody has written to; each begins at a multiple of
+// kBetween bytes.
 // `dtypes`: the dtype that a tensor gets in the file, by its id. `write_tensors(entries) -> CRC-32s` writes large
-// storages: (offset, tensor, dtype) each. The content stays alive and as it is meanwhile. Raises OSError, and what
-// `write_tensors` raises.
-bool write_torch_file(int file, const py::object& content, const py::dict& dtypes, uint64_t alignment,
-                      const py::function& write_tensors) {
-  TorchPickle pickle(dtypes);
-  try {
-    pickle.dump(content);
-  } catch (const TorchPickle::NotPlain&) {
-    return false;
-  }
+// storages: (offset, tensor, dtype) each. The contents stay alive and as they are meanwhile.
+// -> (offset, bytes) of each. Raises OSError, and what `write_tensors` raises.
+py::list write_torch_files(int file, const py::list& contents, size_t first, const py::dict& dtypes, uint64_t start,
+                           uint64_t alignment, const py::function& write_tensors) {
   const std::string aligned = std::to_string(alignment);
-  const std::array<Record, 4> head{{{"data.pkl", pickle.bytes()},
-                                    {".format_version", "1"},
-                                    {".storage_alignment", aligned},
-                                    {"byteorder", "little"}}};
-  ZipLayout layout(kFolder.size() + 1, alignment);
-  for (const Record& record : head) {
-    layout.next(record.name, record.data.size());
-  }
-  std::vector<std::optional<Source>> sources;
+  std::deque<TorchFile> files;
   py::list entries;
-  for (const Stored& stored : pickle.storages()) {
-    const uint64_t offset = layout.next(storage_name(sources.size()), stored.size).data;
-    sources.push_back(gathered(stored));
-    if (!sources.back()) {
-      entries.append(entry(stored, offset));
+  uint64_t end = start;
+  try {
+    for (size_t i = first; i < contents.size(); ++i) {
+      files.emplace_back(contents[i], dtypes, aligned);
+      end = files.back().lay_out((end + kBetween - 1) / kBetween * kBetween, alignment, entries);
     }
+  } catch (const TorchPickle::NotPlain&) {  // thrown before the file is one of `files`
   }
   const auto crcs = write_tensors(entries).cast<std::vector<uint32_t>>();
   try {
     const py::gil_scoped_release released;
-    Writer writer(file, head, alignment);
-    size_t large = 0;
-    for (size_t i = 0; i < sources.size(); ++i) {
-      if (sources[i]) {
-        writer.add(*sources[i]);
-      } else {
-        writer.add_around(pickle.storages()[i].size, crcs.at(large++));
-      }
+    FileOutput output(file, start);
+    std::span<const uint32_t> rest(crcs);
+    for (const TorchFile& torch_file : files) {
+      torch_file.write(output, alignment, rest);
     }
-    writer.finish();
+    output.flush();
   } catch (const std::system_error& error) {
     errno = error.code().value();
     PyErr_SetFromErrno(PyExc_OSError);
     throw py::error_already_set();
   }
-  return true;
+  py::list places;
+  for (const TorchFile& torch_file : files) {
+    places.append(torch_file.place());
+  }
+  return places;
 }
 
 }  // namespace fastopt

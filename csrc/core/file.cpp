@@ -58,10 +58,9 @@ const char* ReadWindow::at(int descriptor, int64_t offset, int64_t bytes) {
       buffer_ = std::make_unique_for_overwrite<char[]>(kBytes);
     }
     descriptor_ = -1;  // until it has been read
-    const int64_t got = read_some(descriptor, offset, buffer_.get(), bytes, kBytes);
+    begin_ = offset / kAlignment * kAlignment;
+    end_ = begin_ + read_some(descriptor, begin_, buffer_.get(), offset + bytes - begin_, kBytes);
     descriptor_ = descriptor;
-    begin_ = offset;
-    end_ = offset + got;
   }
   return buffer_.get() + (offset - begin_);
 }

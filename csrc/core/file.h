@@ -25,10 +25,13 @@ void read_at(int descriptor, int64_t offset, void* to, int64_t bytes);
 // The part of a file around what was last asked for: many small reads, one after the other, become few large ones.
 class ReadWindow {
  public:
-  // What the file holds from an offset on, until the next call; `bytes` is at most kBytes. Throws ReadError.
+  // What the file holds from an offset on, until the next call; `bytes` is at most kLongest. What is aligned in the
+  // file, to 16 bytes at most, is so here. Throws ReadError.
   const char* at(int descriptor, int64_t offset, int64_t bytes);
 
   static constexpr int64_t kBytes = 256 << 10;
+  static constexpr int64_t kAlignment = 64;
+  static constexpr int64_t kLongest = kBytes - kAlignment;
 
  private:
   std::unique_ptr<char[]> buffer_;

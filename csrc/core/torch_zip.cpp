@@ -14,6 +14,8 @@ namespace {
 
 constexpr uint64_t kLimit = 0xFFFFFFFF;  // stands for what is in a field of zip64, and so is itself in one
 constexpr size_t kHeader = 30;           // bytes before a name
+constexpr size_t kEntry = 46;            // the same in the directory
+constexpr size_t kTail = 56 + 20 + 22;   // bytes behind the directory
 constexpr size_t kFieldHead = 4;         // id and length
 constexpr uint16_t kHasDescriptor = 1 << 3;
 constexpr uint16_t kNamesAreUtf8 = 1 << 11;
@@ -55,10 +57,15 @@ ZipLayout::Place ZipLayout::next(std::string_view name, uint64_t size) {
   const uint64_t earliest = header + kHeader + prefix_ + name.size() + sizes + kFieldHead;
   const uint64_t data = (earliest + alignment_ - 1) / alignment_ * alignment_;
   end_ = data + size + length_of_descriptor(size, sizes > 0);
+  directory_ += kEntry + prefix_ + name.size() + sizes;
   return {header, data, data - earliest, sizes > 0};
 }
 
-FileOutput::FileOutput(int file) : file_(file) {
+uint64_t ZipLayout::file_size() const {
+  return end_ + directory_ + kTail;
+}
+
+FileOutput::FileOutput(int file, uint64_t offset) : file_(file), offset_(offset) {
   buffer_.reserve(kBuffer);
 }
 
@@ -99,8 +106,8 @@ void FileOutput::flush() {
   buffer_.clear();
 }
 
-ZipWriter::ZipWriter(int file, std::string_view folder, uint64_t alignment)
-    : output_(file), prefix_(std::string(folder) + "/"), layout_(prefix_.size(), alignment) {}
+ZipWriter::ZipWriter(FileOutput& output, std::string_view folder, uint64_t alignment)
+    : output_(output), prefix_(std::string(folder) + "/"), layout_(prefix_.size(), alignment) {}
 
 uint32_t ZipWriter::add(std::string_view name, const void* data, uint64_t size) {
   const ZipLayout::Place place = begin(name, size);
@@ -208,7 +215,6 @@ void ZipWriter::finish() {
   put(tail, limited(start));
   put(tail, uint16_t{0});
   output_.append(tail.data(), tail.size());
-  output_.flush();
 }
 
 }  // namespace fastopt

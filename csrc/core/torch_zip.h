@@ -34,33 +34,40 @@ class ZipLayout {
   // Behind the last one.
   uint64_t end() const { return end_; }
 
+  // Bytes of the whole file, once it has no more records.
+  uint64_t file_size() const;
+
  private:
   size_t prefix_;
   uint64_t alignment_;
   uint64_t end_ = 0;
+  uint64_t directory_ = 0;  // bytes
 };
 
-// Writes to a file from its beginning on, some MiB at a time, and leaves out what others write. Throws
-// std::system_error where the file cannot be written.
+// Writes to a file from an offset on, some MiB at a time, and leaves out what others write. Throws std::system_error
+// where the file cannot be written.
 class FileOutput {
  public:
-  explicit FileOutput(int file);
+  explicit FileOutput(int file, uint64_t offset = 0);
 
   void append(const void* data, size_t size);
   void skip(uint64_t size);
   void flush();
 
+  // Where in the file the next byte goes.
+  uint64_t offset() const { return offset_ + buffer_.size(); }
+
  private:
   int file_;
-  uint64_t offset_ = 0;  // of the buffer's first byte
+  uint64_t offset_;  // of the buffer's first byte
   std::vector<char> buffer_;
 };
 
 // Writes the records of a file, and what holds them together. Throws what FileOutput does.
 class ZipWriter {
  public:
-  // All names begin with `folder` and a slash.
-  ZipWriter(int file, std::string_view folder, uint64_t alignment);
+  // All names begin with `folder` and a slash. The file begins where `output` is, and its alignment counts from there.
+  ZipWriter(FileOutput& output, std::string_view folder, uint64_t alignment);
 
   // A record; returns its checksum.
   uint32_t add(std::string_view name, const void* data, uint64_t size);
@@ -68,7 +75,8 @@ class ZipWriter {
   // A record whose data others have written or will write, and its checksum.
   void add_around(std::string_view name, uint64_t size, uint32_t crc);
 
-  // All that follows the last record. `add` and `add_around` have been called in the order of a ZipLayout.
+  // All that follows the last record. `add` and `add_around` have been called in the order of a ZipLayout. What is
+  // written may still be in `output`.
   void finish();
 
  private:
@@ -76,7 +84,7 @@ class ZipWriter {
   void end(std::string_view name, uint64_t size, uint32_t crc, const ZipLayout::Place& place);
   static void put_sizes(std::string& field, uint64_t size, uint64_t packed, const ZipLayout::Place& place);
 
-  FileOutput output_;
+  FileOutput& output_;
   std::string prefix_;
   ZipLayout layout_;
   std::string scratch_;

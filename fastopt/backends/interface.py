@@ -7,8 +7,20 @@ from typing import Any, Protocol
 
 import torch
 
+from fastopt.files.staging import Entry
+
+PlaceInFile = tuple[int, int, torch.dtype, Sequence[int], Sequence[int] | None, int, bool]
+"""Where a tensor is in a file: (offset, bytes, dtype, size, strides, first, is copied).
+
+The first two are those of its storage. No strides are those of row-major order. `first` is the element of the storage
+that is its first. What is not copied lies in a mapping, and is aligned to its dtype.
+"""
+
 Group = dict[str, Any]
 State = defaultdict[Any, Any]
+
+BETWEEN = 64
+"""Files of `torch.save` within a file begin at multiples of so many bytes, as the tensors in them do."""
 
 
 class Rules(Protocol):
@@ -89,8 +101,63 @@ class Backend(Protocol):
     def to(self, tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list[torch.Tensor]:
         """`tensor.to(**options, copy=copy)` for each."""
 
-    def write_torch_file(self, fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -> None:
-        """What `torch.save` writes, into an empty file: `fastopt.files.torch_file.write` says more."""
+    def write_torch_files(
+        self, fd: int, contents: list[Any], dtypes: Mapping[int, torch.dtype], start: int = 0
+    ) -> list[tuple[int, int]]:
+        """What `torch.save` writes for each content, one after the other: `fastopt.files.torch_file.write` says more.
+
+        Args:
+            fd: an open file, which holds nothing from `start` on.
+            contents: one for each of the files in it.
+            dtypes: as in `fastopt.files.torch_file.write`.
+            start: a multiple of `BETWEEN`.
+
+        Returns:
+            Where each is: its offset, a multiple of `BETWEEN`, and its bytes.
+        """
+
+    def write_small(self, fd: int, entries: list[Entry]) -> list[int | None]:
+        """Write to a file what of the entries is small, where that is faster than `write_tensors`.
+
+        Args:
+            fd: a file that is open for writing.
+            entries: (offset, tensor, final dtype) each, in the order of their offsets.
+
+        Returns:
+            The CRC-32 of what was written for each; None for those that are left to `write_tensors`.
+
+        Raises:
+            OSError: the file could not be written.
+        """
+
+    def tensors_in_file(
+        self, descriptor: int, path: str | os.PathLike[str], places: list[PlaceInFile]
+    ) -> list[torch.Tensor]:
+        """Tensors that lie in a private mapping of a file, or are copied out of it, each in a storage of its own.
+
+        Args:
+            descriptor: the file, open. It may be closed afterwards.
+            path: its name.
+            places: where they are.
+
+        Raises:
+            OSError: the file cannot be mapped or read, or ends before what is copied.
+            ValueError: a tensor is not within its bytes, or these are not within the file.
+        """
+
+    def read_into(self, descriptor: int, offset: int, dtype: torch.dtype, target: torch.Tensor) -> None:
+        """Fill a tensor with what stands in a file from an offset on, in row-major order, as this dtype.
+
+        Raises:
+            OSError: the file cannot be read, or ends before that.
+        """
+
+    def file_range(self, tensor: torch.Tensor) -> tuple[int, int, int, bytes] | None:
+        """Where the storage of a tensor lies in a file that is read in place of the tensor's memory.
+
+        Returns:
+            The file's descriptor, the offset, the bytes, and the file's name; None where it lies in none.
+        """
 
     def read_torch_file(self, path: str | os.PathLike[str]) -> tuple[Any] | None:
         """What a file of `torch.save` holds, as `torch.load(path, "cpu", weights_only=True, mmap=True)` gives it.

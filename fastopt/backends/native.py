@@ -15,8 +15,8 @@ from torch.utils.serialization import config
 
 from fastopt import _C
 from fastopt.backends import python
-from fastopt.backends.interface import Rules, State
-from fastopt.files.staging import write_tensors
+from fastopt.backends.interface import PlaceInFile, Rules, State
+from fastopt.files.staging import Entry, write_tensors
 
 name = "native"
 _CPU = torch.device("cpu")  # unlike "cpu:0", which to torch is another device, and a copy
@@ -101,10 +101,36 @@ def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list
     return results
 
 
-def write_torch_file(fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -> None:
-    write_large = partial(write_tensors, fd)
-    if not _C.write_torch_file(fd, content, dict(dtypes), config.save.storage_alignment, write_large):
-        python.write_torch_file(fd, content, dtypes)
+def write_torch_files(
+    fd: int, contents: list[Any], dtypes: Mapping[int, torch.dtype], start: int = 0
+) -> list[tuple[int, int]]:
+    write_large, dtypes = partial(write_tensors, fd), dict(dtypes)
+    places: list[tuple[int, int]] = []
+    while True:
+        alignment = config.save.storage_alignment
+        places += _C.write_torch_files(fd, contents, len(places), dtypes, start, alignment, write_large)
+        if len(places) == len(contents):
+            return places
+        start = python.start_after(places, start)  # the next one is not plain
+        places += python.write_torch_files(fd, contents[len(places) : len(places) + 1], dtypes, start)
+        start = python.start_after(places, start)
+
+
+def write_small(fd: int, entries: list[Entry]) -> list[int | None]:
+    return _C.write_small(fd, entries)
+
+
+def tensors_in_file(descriptor: int, path: str | os.PathLike[str], places: list[PlaceInFile]) -> list[torch.Tensor]:
+    return _C.tensors_in_file(descriptor, os.fsencode(path), places)
+
+
+def read_into(descriptor: int, offset: int, dtype: torch.dtype, target: torch.Tensor) -> None:
+    if not _C.read_into(descriptor, offset, dtype, target):
+        python.read_into(descriptor, offset, dtype, target)
+
+
+def file_range(tensor: torch.Tensor) -> tuple[int, int, int, bytes] | None:
+    return _C.file_range(tensor)
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> tuple[Any] | None:

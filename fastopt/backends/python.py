@@ -8,11 +8,17 @@ from typing import Any
 
 import torch
 
-from fastopt.backends.interface import Rules, State
+from fastopt.backends.interface import BETWEEN, PlaceInFile, Rules, State
+from fastopt.chunked import row_major
 from fastopt.errors import OverlapError, describe_tensor
 from fastopt.files import torch_zip
+from fastopt.files.reading import read_exactly
+from fastopt.files.staging import Entry, pieces
 
 name = "python"
+
+PIECE = 2 * 2**20
+"""Bytes that are read from a file at a time, to where their dtype can be read."""
 
 
 def index_state(
@@ -57,8 +63,59 @@ def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list
     return [to_entry(index, tensor, options, copy) for index, tensor in enumerate(tensors)]
 
 
-def write_torch_file(fd: int, content: Any, dtypes: Mapping[int, torch.dtype]) -> None:
-    torch_zip.write(fd, content, dtypes)
+def write_torch_files(
+    fd: int, contents: list[Any], dtypes: Mapping[int, torch.dtype], start: int = 0
+) -> list[tuple[int, int]]:
+    places: list[tuple[int, int]] = []
+    for content in contents:
+        start = start_after(places, start)
+        places.append((start, torch_zip.write(fd, content, dtypes, start)))
+    return places
+
+
+def start_after(places: list[tuple[int, int]], start: int) -> int:
+    """Where the next file within a file begins; `start` where there is none yet."""
+    if not places:
+        return start
+    end = sum(places[-1])
+    return end + -end % BETWEEN
+
+
+def write_small(fd: int, entries: list[Entry]) -> list[int | None]:
+    return [None] * len(entries)
+
+
+def tensors_in_file(descriptor: int, path: str | os.PathLike[str], places: list[PlaceInFile]) -> list[torch.Tensor]:
+    size = os.fstat(descriptor).st_size
+    mapping = torch.UntypedStorage.from_file(os.fspath(path), shared=False, nbytes=size) if size else None
+    tensors = []
+    for offset, nbytes, dtype, shape, stride, first, is_copied in places:
+        if not 0 <= offset <= offset + nbytes <= size:
+            raise ValueError("a tensor is not within the file")
+        if is_copied or mapping is None:
+            content = torch.empty(nbytes, dtype=torch.uint8)
+            read_exactly(descriptor, offset, content)
+            storage = content.untyped_storage()
+        else:
+            storage = mapping[offset : offset + nbytes]
+        tensor = torch.empty(0, dtype=dtype)
+        tensor.set_(storage, first, shape, row_major(shape) if stride is None else stride)
+        if tensor.untyped_storage().nbytes() != nbytes:  # torch makes room where there is none
+            raise ValueError("a tensor is not within its bytes of the file")
+        tensors.append(tensor)
+    return tensors
+
+
+def read_into(descriptor: int, offset: int, dtype: torch.dtype, target: torch.Tensor) -> None:
+    for piece in pieces(target, PIECE // dtype.itemsize):
+        content = torch.empty(piece.shape, dtype=dtype)
+        read_exactly(descriptor, offset, content)
+        piece.copy_(content)
+        offset += content.nbytes
+
+
+def file_range(tensor: torch.Tensor) -> tuple[int, int, int, bytes] | None:
+    return None
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> tuple[Any] | None:

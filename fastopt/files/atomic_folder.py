@@ -4,12 +4,11 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fastopt.files.atomic import sync_folder
+from fastopt.files.beside import new_folder, remove, remove_abandoned, sync_folder
 
 RENAME_EXCHANGE = 2
 """The flag of Linux's renameat2 that makes two names change places."""
@@ -21,11 +20,14 @@ AT_FDCWD = -100
 def replacing_folder(path: str | os.PathLike[str], is_own: Callable[[str], bool]) -> Iterator[Path]:
     """A folder to fill that takes the place of `path` when the block ends, and leaves it as it was if the block fails.
 
-    It is made beside `path`, as `.NAME.` and 16 digits. Who fills it syncs the files; their names are synced here. An
-    old folder is replaced in one step (Linux's renameat2), so that at any moment one of the two stands there, whole;
-    and it goes. A kill before that step leaves an unfinished folder under the name with digits, a kill after it the old
-    one. Where the system or the file system has no such step, there are two: a kill between them leaves nothing at
-    `path`, the new folder, whole, under the name with digits, and the old one under the same with `.old`.
+    It is made beside `path`, as `.NAME.` and 16 characters. Who fills it syncs the files; their names are synced here.
+    An old folder is replaced in one step (Linux's renameat2), so that at any moment one of the two stands there, whole;
+    and it goes. A kill before that step leaves an unfinished folder under the longer name, a kill after it the old one.
+    Where the system or the file system has no such step, there are two: a kill between them leaves nothing at `path`,
+    the new folder, whole, under the longer name, and the old one under the same with `.old`.
+
+    What a process that was killed has left is removed, see Note [Abandoned]; but where there is nothing at `path`, not
+    before the new folder stands there.
 
     A folder that is replaced hands its permissions on; a symbolic link stays one, and its target is replaced.
 
@@ -39,23 +41,26 @@ def replacing_folder(path: str | os.PathLike[str], is_own: Callable[[str], bool]
         OSError: the folder cannot be made or replaced; a note names `path`.
     """
     target = Path(path).resolve()
-    fresh = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         check_replaceable(target, is_own)
-        fresh.mkdir()
-        try:
-            if target.is_dir():
-                fresh.chmod(target.stat().st_mode & 0o777)
-            yield fresh
-            sync_folder(fresh)
-            check_replaceable(target, is_own)
-            old = swap(fresh, target)
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
-        sync_folder(target.parent)
-        if old is not None:
-            shutil.rmtree(old)
+        with new_folder(target) as fresh:
+            try:
+                is_replaced = target.is_dir()
+                if is_replaced:
+                    remove_abandoned(target, fresh)
+                    fresh.chmod(target.stat().st_mode & 0o777)
+                yield fresh
+                sync_folder(fresh)
+                check_replaceable(target, is_own)
+                old = swap(fresh, target)
+            except BaseException:
+                shutil.rmtree(fresh, ignore_errors=True)
+                raise
+            sync_folder(target.parent)
+            if old is not None:
+                remove(old)
+            if not is_replaced:
+                remove_abandoned(target, target)
     except OSError as error:
         error.add_note(f"while writing {os.fspath(path)}")
         raise

@@ -1,7 +1,8 @@
-"""CRC-32 of tensors: zlib's, which is that of zip files as well, on all threads."""
+"""CRC-32 of what is in files: zlib's, which is that of zip files as well, on all threads."""
 
 import ctypes
 import functools
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ POLYNOMIAL = 0xEDB88320
 _view = ctypes.pythonapi.PyMemoryView_FromMemory
 _view.restype = ctypes.py_object
 _view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-_READABLE = 0x100
+_READABLE, _WRITABLE = 0x100, 0x200
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
@@ -25,22 +26,44 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     return memory_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
+def writable_memory_of(tensor: torch.Tensor) -> memoryview:
+    """The same, to write to."""
+    count = tensor.numel() * tensor.element_size()
+    return _view(tensor.data_ptr(), count, _WRITABLE) if count else memoryview(b"")
+
+
 def memory_at(address: int, count: int) -> memoryview:
     """The bytes at an address; whoever has the view keeps what is there alive."""
     return _view(address, count, _READABLE) if count else memoryview(b"")
 
 
-def checksums(tensors: Iterable[torch.Tensor]) -> Iterator[int]:
-    """The CRC-32 of the bytes of each tensor, one after the other; all are contiguous and on the CPU."""
+def checksums(descriptor: int, ranges: Iterable[tuple[int, int]]) -> Iterator[int]:
+    """The CRC-32 of parts of a file, offset and bytes each, one after the other; all threads read.
+
+    Raises:
+        OSError: the file cannot be read, or ends before.
+    """
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for tensor in tensors:
-            memory = memory_of(tensor)
-            chunks = [memory[start : start + CHUNK] for start in range(0, len(memory), CHUNK)]
-            found = map(zlib.crc32, chunks) if len(chunks) < 2 else pool.map(zlib.crc32, chunks)
+        for offset, count in ranges:
+            chunks = [(start, min(CHUNK, offset + count - start)) for start in range(offset, offset + count, CHUNK)]
+            of_chunk = functools.partial(checksum, descriptor)
+            found = map(of_chunk, chunks) if len(chunks) < 2 else pool.map(of_chunk, chunks)
             total = 0
-            for crc, chunk in zip(found, chunks, strict=True):
-                total = combined(total, crc, len(chunk))
+            for crc, (_, length) in zip(found, chunks, strict=True):
+                total = combined(total, crc, length)
             yield total
+
+
+def checksum(descriptor: int, chunk: tuple[int, int]) -> int:
+    """The CRC-32 of a part of a file."""
+    offset, count = chunk
+    total = 0
+    while count:
+        if not (content := os.pread(descriptor, count, offset)):
+            raise OSError(f"the file has ended before {count} bytes from byte {offset} on")
+        total = zlib.crc32(content, total)
+        offset, count = offset + len(content), count - len(content)
+    return total
 
 
 def combined(first: int, second: int, count: int) -> int:

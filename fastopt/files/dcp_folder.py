@@ -2,8 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +25,9 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
 
     Tensors are not read yet: they lie in mappings of the files, and what is never looked at is never read. One that was
     saved in several chunks is a `ChunkedTensor`, and so is one at a byte that its dtype is not aligned to, which in
-    torch's folders is most; small ones of these are copied, up to `COPIED` bytes of them. While tensors are in use the
-    files must not be cut short, which would kill the process (SIGBUS). All other values are read, and in memory.
+    torch's folders is most; small ones of these are copied, as `fastopt.files.in_file` has it. While tensors are in use
+    the files must not be cut short: to look at one in a mapping would kill the process (SIGBUS). A load of the native
+    backend, and any of a `ChunkedTensor`, reads the files instead. All other values are read, and in memory.
 
     Dicts have strings as keys, as torch.distributed.checkpoint saves no others; but the ids of an optimizer's state
     are what its groups say. Of a checkpoint that was saved without flattening it, the keys are those of its entries.
@@ -71,6 +71,8 @@ class Wanted(NamedTuple):
     name: str
     dtype: torch.dtype | None = None
     sizes: tuple[int, ...] = ()
+    is_part: bool = False
+    """Whether it is one of several chunks."""
 
 
 def wanted_by_file(index: Index) -> dict[str, list[Wanted]]:
@@ -79,11 +81,12 @@ def wanted_by_file(index: Index) -> dict[str, list[Wanted]]:
     for name, entry in index.entries.items():
         if isinstance(entry, TensorEntry):
             for chunk in entry.chunks:
-                by_file[chunk.place.file].append(Wanted(chunk.place, name, entry.dtype, chunk.sizes))
+                wanted = Wanted(chunk.place, name, entry.dtype, chunk.sizes, len(entry.chunks) > 1)
+                by_file[chunk.place.file].append(wanted)
         else:
             by_file[entry.place.file].append(Wanted(entry.place, name))
-    for wanted in by_file.values():
-        wanted.sort(key=lambda one: one.place)
+    for in_file in by_file.values():
+        in_file.sort(key=lambda one: one.place)
     return by_file
 
 
@@ -92,9 +95,18 @@ def read_places(folder: Path, index: Index) -> dict[Place, Any]:
     known = Known()
     found: dict[Place, Any] = {}
     for file, wanted in wanted_by_file(index).items():
-        with opened(folder / file, wanted, known) as shard:
-            for place, name, dtype, sizes in wanted:
-                found[place] = shard.value(place, name) if dtype is None else shard.tensor(place, name, dtype, sizes)
+        shard = opened(folder / file, wanted, known)
+        tensors = []
+        for place, name, dtype, sizes, is_part in wanted:
+            if dtype is None:
+                found[place] = shard.value(place, name)
+            else:
+                shard.add_tensor(place, name, dtype, sizes, is_part)
+                tensors.append(place)
+        try:
+            found.update(zip(tensors, shard.tensors.all(), strict=True))
+        except (OSError, ValueError) as error:  # all has been found in order: it is another file by now
+            raise CheckpointError(f"{shard.path} has changed while it was being read: {error}") from error
     return found
 
 
@@ -108,21 +120,19 @@ def verify(path: str | os.PathLike[str]) -> None:
     """
     folder = Path(path)
     for file, wanted in wanted_by_file(dcp_metadata.read(folder)).items():
-        with opened(folder / file, wanted, Known()) as shard:
-            for one in wanted:
-                shard.verify(one.place, one.name)
+        shard = opened(folder / file, wanted, Known())
+        for one in wanted:
+            shard.verify(one.place, one.name)
 
 
-@contextmanager
-def opened(path: Path, wanted: Sequence[Wanted], known: Known) -> Iterator[Shard]:
+def opened(path: Path, wanted: Sequence[Wanted], known: Known) -> Shard:
     """A file that may hold these."""
     try:
         shard = Shard(path, known)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing, which holds entry {wanted[0].name!r} and maybe others") from error
-    with shard:
-        shard.check([(one.place, one.name) for one in wanted])
-        yield shard
+    shard.check([(one.place, one.name) for one in wanted])
+    return shard
 
 
 def content_of(index: Index, name: str, found: dict[Place, Any]) -> Any:
@@ -143,7 +153,9 @@ def parts(chunk: Chunk, found: dict[Place, Any]) -> Sequence[Part]:
     return [(chunk.offsets, tensor)]
 
 
-def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+def write(
+    path: str | os.PathLike[str], content: Mapping[str, Any], dtypes: Mapping[int, torch.dtype] | None = None
+) -> None:
     """Replace a folder by one that torch.distributed.checkpoint reads, in any number of processes.
 
     All of it is written beside `path`, is on the disk, and takes its place in one step; see `replacing_folder`. Only a
@@ -153,6 +165,8 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
         path: the folder.
         content: dicts, nested, with strings as keys, and an optimizer's ids. Tensors may be anywhere, on any device;
             beside tensors and dicts, lists are taken apart if they hold some, and all else is saved by `torch.save`.
+        dtypes: the dtype that a tensor gets in the folder, by its `id`; all others keep theirs. Tensors named here are
+            strided ones of no subclass that have values.
 
     Raises:
         OSError: it cannot be written, or holds other files.
@@ -167,9 +181,11 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     check_alignment()
     if not isinstance(content, Mapping):
         raise TypeError(f"a folder of torch.distributed.checkpoint holds a dict, not a {type(content).__name__}")
-    check_reversible(content, tree(leaves(content)))
+    with paused_collector():
+        entries = list(leaves(content))
+        check_reversible(content, tree(entries))
     with replacing_folder(path, is_own) as folder:
-        dcp_writer.save(folder, content)
+        dcp_writer.save(folder, entries, dtypes or {})
 
 
 def is_own(name: str) -> bool:

@@ -11,7 +11,7 @@ from bisect import bisect_right, insort
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -24,18 +24,20 @@ DEEPEST = 100
 """Levels of containers in a checkpoint."""
 
 CHECKPOINT, FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
-RECORDS = (
-    f"{CHECKPOINT}.Metadata",
-    f"{CHECKPOINT}.MetadataIndex",
-    f"{CHECKPOINT}.TensorStorageMetadata",
-    f"{CHECKPOINT}.ChunkStorageMetadata",
-    f"{CHECKPOINT}.BytesStorageMetadata",
-    f"{CHECKPOINT}.StorageMeta",
-    f"{FILESYSTEM}._StorageInfo",
-)
+METADATA = f"{CHECKPOINT}.Metadata"
+INDEX = f"{CHECKPOINT}.MetadataIndex"
+TENSOR = f"{CHECKPOINT}.TensorStorageMetadata"
+CHUNK = f"{CHECKPOINT}.ChunkStorageMetadata"
+VALUE = f"{CHECKPOINT}.BytesStorageMetadata"
+INFO = f"{FILESYSTEM}._StorageInfo"
+RECORDS = (METADATA, INDEX, TENSOR, CHUNK, VALUE, f"{CHECKPOINT}.StorageMeta", INFO)
 """Classes of torch's that are pickled as their fields."""
 PROPERTIES = f"{CHECKPOINT}.TensorProperties"
 PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+
+WHERE = "entry {!r}"
+WHERE_PLACE = "the place of entry {!r}"
+"""How errors name an entry."""
 
 KeyPath = tuple[str | int, ...]
 """Where in the content an entry stands: keys of dicts and indices of lists."""
@@ -262,7 +264,10 @@ def shown(value: Any) -> str:
 
 
 class Reader:
-    """Checks of values that may be anything, with errors that say where."""
+    """Checks of values that may be anything, with errors that say where.
+
+    `where` is text with a `{!r}` for `name`, which is put in where there is an error alone.
+    """
 
     def __init__(self, path: Path, records: Mapping[str, type]) -> None:
         self.path = path
@@ -272,39 +277,47 @@ class Reader:
         """The error for something that is not as it must be."""
         return CheckpointError(f"{self.path} is damaged: {what}")
 
-    def fields(self, value: Any, name: str, where: str) -> Mapping[str, Any]:
+    def fields(self, value: Any, record: str, where: str, name: str = "") -> Mapping[str, Any]:
         """The fields of a record."""
-        if type(value) is not self.records[name]:
-            raise self.wrong(f"{where} is no {name.rpartition('.')[2]}")
+        if type(value) is not self.records[record]:
+            raise self.wrong(f"{where.format(name)} is no {record.rpartition('.')[2]}")
         return vars(value)
 
-    def is_record(self, value: Any, name: str) -> bool:
+    def is_record(self, value: Any, record: str) -> bool:
         """Whether it is a record of this class."""
-        return type(value) is self.records[name]
+        return type(value) is self.records[record]
 
-    def of_type(self, value: Any, kind: type, where: str) -> Any:
+    def of_type(self, value: Any, kind: type, where: str, name: str = "") -> Any:
         """The value, if it is of the type."""
         if type(value) is not kind:
-            raise self.wrong(f"{where} is a {type(value).__name__}, not a {kind.__name__}")
+            raise self.wrong(f"{where.format(name)} is a {type(value).__name__}, not a {kind.__name__}")
         return value
 
-    def counts(self, value: Any, where: str) -> tuple[int, ...]:
+    def counts(self, value: Any, where: str, name: str = "") -> tuple[int, ...]:
         """A tuple of numbers from zero up, as sizes are."""
-        if not isinstance(value, tuple) or not all(type(item) is int and 0 <= item < 2**63 for item in value):
-            raise self.wrong(f"{where} are {shown(value)}, not sizes")
+        if not isinstance(value, tuple):
+            raise self.wrong(f"{where.format(name)} are {shown(value)}, not sizes")
+        for item in value:
+            if not is_count(item):
+                raise self.wrong(f"{where.format(name)} are {shown(value)}, not sizes")
         return value
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether it is a number from zero up that fits into 64 bits."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 def indexed(reader: Reader, metadata: Any) -> Index:
     """What the metadata says, checked."""
-    fields = reader.fields(metadata, f"{CHECKPOINT}.Metadata", "its content")
+    fields = reader.fields(metadata, METADATA, "its content")
     places = dict(stored(reader, reader.of_type(fields.get("storage_data"), dict, "storage_data")))
     entries: dict[str, TensorEntry | ValueEntry] = {}
     for name, entry in reader.of_type(fields.get("state_dict_metadata"), dict, "state_dict_metadata").items():
         reader.of_type(name, str, "the name of an entry")
-        if reader.is_record(entry, f"{CHECKPOINT}.TensorStorageMetadata"):
+        if reader.is_record(entry, TENSOR):
             entries[name] = tensor_entry(reader, name, entry, places)
-        elif reader.is_record(entry, f"{CHECKPOINT}.BytesStorageMetadata"):
+        elif reader.is_record(entry, VALUE):
             entries[name] = ValueEntry(place_of(reader, name, None, places))
         else:
             raise reader.wrong(f"entry {name!r} is a {type(entry).__name__}, neither a tensor nor a value")
@@ -323,22 +336,24 @@ def stored(
     """Where each chunk is, by the entry's name and the chunk's offsets, and each value, by its name and None."""
     files: set[str] = set()
     for index, info in storage_data.items():
-        fields = reader.fields(index, f"{CHECKPOINT}.MetadataIndex", "a key of storage_data")
+        fields = reader.fields(index, INDEX, "a key of storage_data")
         name = reader.of_type(fields.get("fqn"), str, "the name of an entry")
-        where = f"the place of entry {name!r}"
         offsets = fields.get("offset")
-        found = reader.fields(info, f"{FILESYSTEM}._StorageInfo", where)
-        file = reader.of_type(found.get("relative_path"), str, where)
+        found = reader.fields(info, INFO, WHERE_PLACE, name)
+        file = reader.of_type(found.get("relative_path"), str, WHERE_PLACE, name)
         if file not in files and not is_within(file):
-            raise reader.wrong(f"{where} is the file {file!r}, which is not in the folder")
+            raise reader.wrong(f"{WHERE_PLACE.format(name)} is the file {file!r}, which is not in the folder")
         files.add(file)
         if found.get("transform_descriptors"):
             raise CheckpointError(
                 f"{reader.path}: entry {name!r} was saved through extensions ({shown(found['transform_descriptors'])}),"
                 " which fastopt does not read"
             )
-        offset, length = reader.counts((found.get("offset"), found.get("length")), where)
-        yield (name, None if offsets is None else reader.counts(offsets, where)), Place(file, offset, length)
+        offset, length = found.get("offset"), found.get("length")
+        if not (is_count(offset) and is_count(length)):
+            raise reader.wrong(f"{WHERE_PLACE.format(name)} are {shown((offset, length))}, not sizes")
+        key = (name, None if offsets is None else reader.counts(offsets, WHERE_PLACE, name))
+        yield key, Place(file, offset, length)
 
 
 def is_within(file: str) -> bool:
@@ -357,26 +372,26 @@ def place_of(reader: Reader, name: str, offsets: tuple[int, ...] | None, places:
 
 def tensor_entry(reader: Reader, name: str, entry: Any, places: Places) -> TensorEntry:
     """A tensor, whose chunks are known to cover it."""
-    where = f"entry {name!r}"
-    fields = reader.fields(entry, f"{CHECKPOINT}.TensorStorageMetadata", where)
-    size = reader.counts(fields.get("size"), f"the sizes of {where}")
+    fields = reader.fields(entry, TENSOR, WHERE, name)
+    size = reader.counts(fields.get("size"), "the sizes of entry {!r}", name)
     boxes: list[Box] = []
-    for chunk in reader.of_type(fields.get("chunks"), list, f"the chunks of {where}"):
-        chunk_fields = reader.fields(chunk, f"{CHECKPOINT}.ChunkStorageMetadata", f"a chunk of {where}")
-        offsets = reader.counts(chunk_fields.get("offsets"), f"the offsets of a chunk of {where}")
-        sizes = reader.counts(chunk_fields.get("sizes"), f"the sizes of a chunk of {where}")
-        if math.prod(sizes) > 0 or not boxes:  # a rank whose part is empty
+    for chunk in reader.of_type(fields.get("chunks"), list, "the chunks of entry {!r}", name):
+        of_chunk = reader.fields(chunk, CHUNK, "a chunk of entry {!r}", name)
+        offsets = reader.counts(of_chunk.get("offsets"), "the offsets of a chunk of entry {!r}", name)
+        sizes = reader.counts(of_chunk.get("sizes"), "the sizes of a chunk of entry {!r}", name)
+        if not boxes or math.prod(sizes) > 0:  # else a rank whose part is empty
             boxes.append((offsets, sizes))
-    check_cover(reader, where, size, boxes)
+    if len(boxes) != 1 or boxes[0][1] != size or len(boxes[0][0]) != len(size) or any(boxes[0][0]):
+        check_cover(reader, WHERE.format(name), size, boxes)
     chunks = [Chunk(offsets, sizes, place_of(reader, name, offsets, places)) for offsets, sizes in boxes]
-    return TensorEntry(dtype_of(reader, where, fields.get("properties")), size, chunks)
+    return TensorEntry(dtype_of(reader, name, fields.get("properties")), size, chunks)
 
 
-def dtype_of(reader: Reader, where: str, properties: Any) -> torch.dtype:
+def dtype_of(reader: Reader, name: str, properties: Any) -> torch.dtype:
     """The dtype of a tensor, the first of its properties."""
-    state = reader.fields(properties, PROPERTIES, f"what {where} has as properties").get("state")
+    state = reader.fields(properties, PROPERTIES, "what entry {!r} has as properties", name).get("state")
     if not isinstance(state, tuple) or not state or not isinstance(state[0], torch.dtype):
-        raise reader.wrong(f"the properties of {where} have no dtype")
+        raise reader.wrong(f"the properties of entry {name!r} have no dtype")
     return state[0]
 
 

@@ -2,29 +2,32 @@
 
 # ruff: noqa: D102 (the methods that every file has)
 
+import contextlib
 import io
 import math
 import os
 import pickle
 import stat
+import struct
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from fastopt.chunked import ChunkedTensor, Unaligned, is_dense
 from fastopt.errors import CheckpointError
 from fastopt.files.dcp_metadata import Place
+from fastopt.files.in_file import Copies, OpenFile, Tensors
 from fastopt.text import dtype_name
 
 SMALL = 64 * 1024
 """Bytes of what is read at once, to look for the tensor in it."""
 
-COPIED = 128 * 2**20
-"""Bytes of small tensors that are in memory at most."""
+MOST_OUTLINES = 4
+"""Outlines of one length that are known at a time."""
 
 LARGEST_PICKLE = 64 * 1024
 """Bytes of the pickle that goes with a tensor, which says its dtype, shape and strides."""
@@ -44,29 +47,58 @@ class Layout(NamedTuple):
     """The size of the storage."""
 
 
+class Outline:
+    """All of a small zip file but the bytes of its tensor, and what follows from those: checksums, and torch's id.
+
+    torch's reader and unpickler take their time. Most entries of a folder have one outline, byte for byte, and what
+    these two have found in one of them, they would in the others.
+    """
+
+    def __init__(self, content: bytes, layout: Layout, begin: int) -> None:
+        self.layout = layout
+        self.begin = begin
+        """Where the tensor's storage begins."""
+        self.pieces: list[tuple[int, bytes]] = []
+        """What is the same, and where."""
+        end = 0
+        for start, stop in sorted(self.differing(content)):
+            self.pieces.append((end, content[end:start]))
+            end = stop
+        self.pieces.append((end, content[end:]))
+
+    @staticmethod
+    def differing(content: bytes) -> Iterator[tuple[int, int]]:
+        """The parts of a zip file that depend on what the tensor holds."""
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            records, directory = archive.infolist(), archive.start_dir
+        for record in records:
+            if record.filename.endswith(("/data/0", "/.data/serialization_id")):
+                name, extra = struct.unpack_from("<2H", content, record.header_offset + 26)
+                begin = record.header_offset + 30 + name + extra
+                end = begin + record.file_size
+                yield begin, end
+                if content[end : end + 4] == b"PK\x07\x08":
+                    yield end + 4, end + 8
+                yield directory + 16, directory + 20
+            name, extra, comment = struct.unpack_from("<3H", content, directory + 28)
+            directory += 46 + name + extra + comment
+
+    def fits(self, content: bytes) -> bool:
+        """Whether a zip file of the same length has this outline."""
+        return all(content.startswith(piece, start) for start, piece in self.pieces)
+
+
 class Known:
-    """What was learnt from one entry and holds for others: most are alike, and torch's unpickler takes its time."""
+    """What was learnt from one entry and holds for others."""
 
     def __init__(self) -> None:
+        self.outlines: dict[int, list[Outline]] = defaultdict(list)
+        """By the length of the zip file."""
         self.layouts: dict[bytes, Layout] = {}
         """By the pickle that says so."""
         self.values: dict[bytes, Any] = {}
         """By their bytes, where nothing could change them."""
-        self.copied = 0
-        """Bytes of tensors that are in memory."""
-
-    def may_copy(self, place: Place, layout: Layout) -> bool:
-        """Whether to copy a tensor that is not aligned: there is memory for small ones, which the native walk takes.
-
-        One with gaps is copied in any case, and torch saves none.
-        """
-        is_compact = layout.nbytes == math.prod(layout.size) * layout.dtype.itemsize
-        if not (is_compact and is_dense(layout.size, layout.stride)):
-            return True
-        if place.length > SMALL or self.copied + layout.nbytes > COPIED:
-            return False
-        self.copied += layout.nbytes
-        return True
+        self.copies = Copies()
 
 
 class Window(io.RawIOBase):
@@ -101,33 +133,17 @@ class Window(io.RawIOBase):
 
 
 class Shard:
-    """One file, of which tensors become views into a mapping that is not read yet."""
+    """One file, whose tensors are not read yet."""
 
     def __init__(self, path: Path, known: Known) -> None:
         self.path = path
         self.known = known
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for someone to write to it
-        try:
-            status = os.fstat(self.descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{path} is no file")
-            self.size = status.st_size
-            self.mapping = (
-                torch.UntypedStorage.from_file(os.fspath(path), shared=False, nbytes=self.size) if self.size else None
-            )
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Close the file; the mapping stays while there are tensors in it."""
-        os.close(self.descriptor)
-
-    def __enter__(self) -> "Shard":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self.file = OpenFile(path)
+        status = os.fstat(self.file.descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is no file")
+        self.size = status.st_size
+        self.tensors = Tensors(self.file, known.copies)
 
     def check(self, places: Sequence[tuple[Place, str]]) -> None:
         """Raise unless the places, sorted, lie within the file and apart from each other; each is that of an entry."""
@@ -142,13 +158,24 @@ class Shard:
                     f"the file has {self.size:,}"
                 )
 
-    def tensor(self, place: Place, name: str, dtype: torch.dtype, size: tuple[int, ...]) -> torch.Tensor:
-        """The tensor at a place, not read yet.
+    def add_tensor(
+        self, place: Place, name: str, dtype: torch.dtype, size: tuple[int, ...], is_part: bool = False
+    ) -> None:
+        """Find the tensor at a place, and make it one of `tensors`.
 
         Raises:
             CheckpointError: there is no plain tensor of this dtype and size.
         """
-        return self.found(place, name, lambda stream: self.mapped(stream, place, dtype, size))
+        layout, begin = self.found(place, name, lambda stream: self.located(stream, place), self.outlined)
+        if (layout.dtype, layout.size) != (dtype, size):
+            raise CheckpointError(
+                f"{self.where(place, name)} is damaged: it is {dtype_name(layout.dtype)} {list(layout.size)}, and by "
+                f"the metadata {dtype_name(dtype)} {list(size)}"
+            )
+        offset, nbytes = place.offset + begin, layout.nbytes
+        if math.prod(size) == 0:
+            offset = nbytes = 0
+        self.tensors.add(offset, nbytes, dtype, size, layout.stride, layout.first, name, is_part)
 
     def value(self, place: Place, name: str) -> Any:
         """The value at a place, read as `torch.load(weights_only=True)` reads it.
@@ -157,7 +184,18 @@ class Shard:
             pickle.UnpicklingError: it names classes or functions that are not allowed.
             CheckpointError: there is none.
         """
-        return self.found(place, name, loaded, self.known.values)
+        return self.found(place, name, self.loaded, self.known_value)[0]
+
+    def known_value(self, content: bytes) -> tuple[Any] | None:
+        """A value that was read before; in a tuple, as it may be None."""
+        return (self.known.values[content],) if content in self.known.values else None
+
+    def loaded(self, stream: Any) -> tuple[Any]:
+        """A value that is read now."""
+        result = loaded(stream)
+        if isinstance(stream, io.BytesIO) and is_constant(result):
+            self.known.values[stream.getvalue()] = result
+        return (result,)
 
     def verify(self, place: Place, name: str) -> None:
         """Raise unless the bytes at a place are those that were saved, as their checksums have it."""
@@ -168,25 +206,22 @@ class Shard:
         place: Place,
         name: str,
         read: Callable[[Any], Result],
-        known: dict[bytes, Result] | None = None,
+        known: Callable[[bytes], Result | None] = lambda content: None,
     ) -> Result:
         """What `read` finds in the file that is at a place, or what is known of its bytes; errors name the entry."""
         if place.length <= SMALL:
-            content = os.pread(self.descriptor, place.length, place.offset)
-            if known is not None and content in known:
-                return known[content]
+            content = os.pread(self.file.descriptor, place.length, place.offset)
+            if (result := known(content)) is not None:
+                return result
             stream: Any = io.BytesIO(content)
         else:
-            stream = Window(self.descriptor, place.offset, place.length)
-        where = f"{self.path}: entry {name!r}, at bytes {place.offset:,} to {place.offset + place.length:,},"
+            stream = Window(self.file.descriptor, place.offset, place.length)
+        where = self.where(place, name)
         try:
             if stream.read(4) != b"PK\x03\x04":  # torch would take it for a file of another kind
                 raise CheckpointError("it is no zip file")
             stream.seek(0)
-            result = read(stream)
-            if known is not None and place.length <= SMALL and is_constant(result):
-                known[content] = result
-            return result
+            return read(stream)
         except pickle.UnpicklingError as error:
             raise refusal(where, stream, error) from error
         except OSError:
@@ -194,29 +229,29 @@ class Shard:
         except Exception as error:  # torch has many for what it cannot read
             raise CheckpointError(f"{where} is damaged: {first_line(error)}") from error
 
-    def mapped(self, stream: Any, place: Place, dtype: torch.dtype, size: tuple[int, ...]) -> torch.Tensor:
-        """The tensor in torch's zip file that lies at a place."""
+    def where(self, place: Place, name: str) -> str:
+        """An entry, for an error."""
+        return f"{self.path}: entry {name!r}, at bytes {place.offset:,} to {place.offset + place.length:,},"
+
+    def outlined(self, content: bytes) -> tuple[Layout, int] | None:
+        """What is known of an entry by its outline."""
+        for outline in self.known.outlines.get(len(content), ()):
+            if outline.fits(content):
+                return outline.layout, outline.begin
+        return None
+
+    def located(self, stream: Any, place: Place) -> tuple[Layout, int]:
+        """What torch's zip file at a place says of its tensor, and where in it the tensor's storage begins."""
         reader = torch._C.PyTorchFileReader(stream)
         layout = self.layout(reader, stream)
-        if (layout.dtype, layout.size) != (dtype, size):
-            raise CheckpointError(
-                f"it is {dtype_name(layout.dtype)} {list(layout.size)}, and by the metadata "
-                f"{dtype_name(dtype)} {list(size)}"
-            )
-        if math.prod(size) == 0:
-            return torch.empty_strided(size, layout.stride, dtype=dtype)
-        begin = reader.get_record_offset("data/0")  # type: ignore[attr-defined]
+        if math.prod(layout.size) == 0:
+            return layout, 0
+        begin = int(reader.get_record_offset("data/0"))  # type: ignore[attr-defined]
         check_record(reader, stream, begin, layout, place)
-        assert self.mapping is not None
-        begin += place.offset
-        storage = self.mapping[begin : begin + layout.nbytes]
-        if storage.data_ptr() % dtype.itemsize:  # see Note [Alignment]
-            if not self.known.may_copy(place, layout):
-                content = torch.empty(0, dtype=torch.uint8).set_(storage)
-                whole = Unaligned(content, dtype, size, layout.stride)
-                return ChunkedTensor(size, dtype, [([0] * len(size), whole)], layout.stride)
-            storage = storage.clone()
-        return torch.empty(0, dtype=dtype).set_(storage, layout.first, size, layout.stride)
+        if isinstance(stream, io.BytesIO) and len(self.known.outlines[place.length]) < MOST_OUTLINES:
+            with contextlib.suppress(Exception):  # zipfile does not read all that torch does
+                self.known.outlines[place.length].append(Outline(stream.getvalue(), layout, begin))
+        return layout, begin
 
     def layout(self, reader: Any, stream: Any) -> Layout:
         """What the pickle says; torch reads it, unless it has read the same before."""

@@ -11,6 +11,9 @@ import torch
 from fastopt.errors import CheckpointError
 from fastopt.files.dcp_metadata import DEEPEST, KeyPath, shown
 
+ATOMS = (int, float, bool, str, type(None))
+"""Types of most values: the ids of an optimizer's groups may be very many."""
+
 
 def leaves(content: Mapping[Any, Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """What is saved as an entry each, with its path.
@@ -26,7 +29,9 @@ def leaves_of(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
     """The entries of a value at a path."""
     if len(path) > DEEPEST:
         raise ValueError(f"{name_of(path)[:100]}… is nested deeper than {DEEPEST} levels")
-    if isinstance(value, Mapping) and value:
+    if type(value) is torch.Tensor:  # as nearly all are
+        yield path, value
+    elif isinstance(value, Mapping) and value:
         yield from leaves(value, path)
     elif isinstance(value, list) and any(map(holds_entries, value)):
         for index, item in enumerate(value):
@@ -37,6 +42,8 @@ def leaves_of(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
 
 def holds_entries(value: Any) -> bool:
     """Whether a list is taken apart for this item."""
+    if type(value) in ATOMS:
+        return False
     return isinstance(value, torch.Tensor | Mapping) or (isinstance(value, list) and any(map(holds_entries, value)))
 
 
@@ -70,7 +77,7 @@ def finished(value: Any, path: KeyPath) -> Any:
     """A node as what it is: a list where its keys are indices."""
     if not isinstance(value, Node):
         return value
-    items = {key: finished(item, (*path, key)) for key, item in value.items()}
+    items = {key: finished(item, (*path, key)) if isinstance(item, Node) else item for key, item in value.items()}
     indices = [key for key in items if type(key) is int]
     if not indices:
         return items
@@ -119,7 +126,9 @@ def check_reversible(content: Any, again: Any, place: str = "") -> None:
                     f"the key {key!r} of {place or 'the content'} is a {type(key).__name__}, and would come back as "
                     f"{other!r}: torch.distributed.checkpoint keeps strings, and the ids of an optimizer's groups"
                 )
-            check_reversible(value, again[other], f"{place}[{key!r}]")
+            if type(value) is not torch.Tensor:
+                check_reversible(value, again[other], f"{place}[{key!r}]")
     elif isinstance(content, list) and isinstance(again, list):
         for index, (item, other) in enumerate(zip(content, again, strict=True)):
-            check_reversible(item, other, f"{place}[{index}]")
+            if type(item) not in ATOMS:
+                check_reversible(item, other, f"{place}[{index}]")

@@ -55,7 +55,6 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
 
     Raises:
         OSError: it cannot be written.
-        ValueError: other dtypes are asked for in a folder of torch.distributed.checkpoint.
         Exception: what the module of its format raises for content that has no place in it.
 
     After any error it is as it was.
@@ -64,9 +63,7 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
     if wanted == "safetensors":
         safetensors_file.write(path, content, dtypes)
     elif wanted == "dcp":
-        if dtypes:
-            raise ValueError(f"{os.fspath(path)}: dtype: tensors go into a folder of DCP in the dtypes that they have")
-        dcp_folder.write(path, content)
+        dcp_folder.write(path, content, dtypes)
     else:
         torch_file.write(path, content, dtypes)
 

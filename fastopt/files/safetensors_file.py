@@ -5,19 +5,23 @@ of the library writes tensor after tensor.
 """
 
 import json
+import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from fastopt.backends import current
+from fastopt.chunked import ChunkedTensor, row_major
 from fastopt.collector import paused_collector
 from fastopt.errors import CheckpointError
 from fastopt.files import metadata
 from fastopt.files.atomic import replacing
 from fastopt.files.checksums import checksums
+from fastopt.files.in_file import Copies, Elements, OpenFile, Tensors
 from fastopt.files.metadata import Json, Path, place
 from fastopt.files.staging import Entry, write_tensors
 from fastopt.text import counted, some
@@ -47,6 +51,8 @@ DTYPES = {
     torch.complex64: "C64",
 }
 """The dtypes that the format has, and their names in it."""
+
+DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the library reads no longer one."""
@@ -94,6 +100,8 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
 class _Named:
     """A tensor of the file."""
 
+    __slots__ = ("dtype", "name", "reference", "size", "tensor")
+
     def __init__(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         self.name = name
         self.tensor = tensor
@@ -122,14 +130,16 @@ class _Names:
         named = self.tensors[id(tensor)] = _Named(self.name(path), tensor, dtype)
         if tensor.requires_grad:
             named.reference["requires_grad"] = True
-        if (strides := dense_strides(tensor)) != row_major_strides(tensor.shape):
+        if (strides := odd_strides(tensor)) is not None:
             named.reference["strides"] = list(strides)
         return named.reference
 
     def name(self, path: Path) -> str:
         """The keys with dots between them, and a number after it where another tensor has that name."""
-        name = readable = ".".join(map(str, path)).encode("utf-8", "backslashreplace").decode()
-        number = 2
+        readable = ".".join(map(str, path))
+        if not readable.isascii():
+            readable = readable.encode("utf-8", "backslashreplace").decode()
+        name, number = readable, 2
         while name in self.taken:
             name, number = f"{readable}~{number}", number + 1
         self.taken.add(name)
@@ -138,36 +148,37 @@ class _Names:
 
 def check(tensor: torch.Tensor, dtype: torch.dtype, path: Path) -> None:
     """Refuse what cannot be written as this dtype, before anything is."""
-    where = place(path)
     if type(tensor) is not torch.Tensor:
-        raise TypeError(f"{where} is a {type(tensor).__name__}; a safetensors file holds plain tensors alone")
+        kind = type(tensor).__name__
+        raise TypeError(f"{place(path)} is a {kind}; a safetensors file holds plain tensors alone")
     if tensor.layout is not torch.strided or tensor.is_quantized:
         kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
-        raise TypeError(f"{where} is a {kind} tensor; a safetensors file holds strided ones alone")
+        raise TypeError(f"{place(path)} is a {kind} tensor; a safetensors file holds strided ones alone")
     if dtype not in DTYPES:
-        raise TypeError(f"{where} is to be saved as {dtype}, which safetensors does not have; a .pt file can hold it")
+        raise TypeError(
+            f"{place(path)} is to be saved as {dtype}, which safetensors does not have; a .pt file can hold it"
+        )
     if tensor.is_meta:
-        raise ValueError(f"{where} is on the meta device and has no values")
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + last + 1) * tensor.dtype.itemsize if tensor.numel() else 0
+        raise ValueError(f"{place(path)} is on the meta device and has no values")
+    if not (count := tensor.numel()):
+        return
+    last = count - 1
+    if not tensor.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.dtype.itemsize
     if (there := tensor.untyped_storage().nbytes()) < needed:
-        raise ValueError(f"{where} needs {needed:,} bytes of memory and has {there:,}: its storage has been released")
+        raise ValueError(
+            f"{place(path)} needs {needed:,} bytes of memory and has {there:,}: its storage has been released"
+        )
 
 
-def dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The strides of a copy: those of the tensor, with any gaps and overlaps closed."""
-    if tensor.is_contiguous() and not {0, 1} & set(tensor.shape):
-        return row_major_strides(tensor.shape)
-    return torch.empty_like(tensor, device="meta").stride()
-
-
-def row_major_strides(shape: torch.Size) -> tuple[int, ...]:
-    """The strides of a new tensor."""
-    strides, stride = [0] * len(shape), 1
-    for dim in range(len(shape) - 1, -1, -1):
-        strides[dim] = stride
-        stride *= max(shape[dim], 1)
-    return tuple(strides)
+def odd_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """The strides of a copy, which are those of the tensor with any gaps and overlaps closed; None if row-major."""
+    shape = tensor.shape
+    if tensor.is_contiguous() and 0 not in shape and 1 not in shape:
+        return None
+    strides = torch.empty_like(tensor, device="meta").stride()
+    return None if strides == row_major(shape) else strides
 
 
 def fields_of(tensors: list[_Named]) -> str:
@@ -197,31 +208,37 @@ def as_json(value: Json) -> str:
 
 def write_data(fd: int, start: int, tensors: list[_Named]) -> None:
     """Write tensors from a place in the file on, and note their checksums."""
+    entries: list[Entry] = []
+    for tensor in tensors:
+        entries.append((start, tensor.tensor, tensor.dtype))
+        start += tensor.size
+    crcs = current().write_small(fd, entries)
     name = ""
 
-    def entries() -> Iterator[Entry]:
+    def left() -> Iterator[Entry]:
         nonlocal name
-        position = start
-        for tensor in tensors:
-            name = tensor.name
-            yield position, tensor.tensor, tensor.dtype
-            position += tensor.size
+        for tensor, entry, crc in zip(tensors, entries, crcs, strict=True):
+            if crc is None:
+                name = tensor.name
+                yield entry
 
     try:
-        crcs = write_tensors(fd, entries())
+        rest = iter(write_tensors(fd, left()))
     except RuntimeError as error:
         error.add_note(f"while writing {name!r}")
         raise
     for tensor, crc in zip(tensors, crcs, strict=True):
-        tensor.reference["crc32"] = f"{crc:08x}"
+        tensor.reference["crc32"] = f"{next(rest) if crc is None else crc:08x}"
 
 
 def read(path: str | os.PathLike[str], verify: bool = False) -> Any:
     """What a file holds that `write` wrote, on the CPU.
 
-    The tensors are not read yet: they lie in a private mapping of the file, in row-major order. Only those that had
-    another order of dimensions in memory are brought into it, and so read. While tensors are in use the file must not
-    be cut short, which would kill the process (SIGBUS).
+    The tensors are not read yet: they lie in a private mapping of the file. Those that had another order of dimensions
+    in memory, or that others than `write` have left at a byte that their dtype is not aligned to, are each a
+    `ChunkedTensor`, and small ones of these are copied, as `fastopt.files.in_file` has it. While tensors are in use the
+    file must not be cut short: to look at one in the mapping would kill the process (SIGBUS). A load of the native
+    backend, and any of a `ChunkedTensor`, reads the file instead.
 
     Args:
         path: the file.
@@ -234,44 +251,51 @@ def read(path: str | os.PathLike[str], verify: bool = False) -> Any:
     """
     try:
         with paused_collector():
-            about, tensors = open_tensors(path)
-            refuse_duplicates(path, len(tensors))
-            found = _Tensors(tensors)
-            content = metadata.decode(content_of(about, tensors), found.resolve)
-        if unused := sorted(tensors.keys() - found.resolved.keys()):
+            about, tensors = opened(path)
+            content = metadata.decode(content_of(about, tensors.places), tensors.resolve)
+        if unused := sorted(tensors.places.keys() - tensors.crcs.keys()):
             raise ValueError(f"its metadata does not say where {some(unused)} belong")
         if verify:
-            found.verify()
+            tensors.verify()
     except ValueError as error:
         raise CheckpointError(f"{os.fspath(path)}: {error}") from error
     return content
 
 
-def open_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """The metadata and the tensors of a file, which are not read yet."""
-    library, name, tensors = safetensors(), None, {}
+def opened(path: str | os.PathLike[str]) -> tuple[dict[str, str], "_Tensors"]:
+    """The metadata and the tensors of a file, which are not read yet.
+
+    The library reads the header, and sees to it that the tensors follow each other without gaps up to the file's end.
+    """
+    library, name = safetensors(), None
+    file = OpenFile(path)
     try:
-        with library.safe_open(os.fsdecode(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, as it is no mapping
-                tensors[name] = file.get_tensor(name)
-            return file.metadata() or {}, tensors
+        with library.safe_open(os.fsdecode(path), framework="pt") as found:
+            about: dict[str, str] = found.metadata() or {}
+            entries = []
+            for name in found.offset_keys():
+                entry = found.get_slice(name)
+                entries.append((name, entry.get_dtype(), entry.get_shape()))
     except (OSError, MemoryError):
         raise
     except Exception as error:
-        reason = str(error).partition("\n")[0]  # torch adds the frames of its C++
+        reason = str(error).partition("\n")[0]
         where = "" if name is None else f", tensor {name!r}"
         raise ValueError(f"no valid safetensors file{where}: {reason}") from error
+    if not os.path.samestat(os.fstat(file.descriptor), os.stat(path)):
+        raise ValueError("it was replaced while it was being read")
+    header = int.from_bytes(os.pread(file.descriptor, 8, 0), "little")
+    refuse_duplicates(os.pread(file.descriptor, header, 8), len(entries))
+    return about, _Tensors(file, 8 + header, entries)
 
 
-def refuse_duplicates(path: str | os.PathLike[str], count: int) -> None:
+def refuse_duplicates(header: bytes, count: int) -> None:
     """Refuse a header in which a name stands twice; of two tensors at one place the library takes the last.
 
     Args:
-        path: a file that the library could open.
+        header: one that the library could read.
         count: its tensors.
     """
-    with open(path, "rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
     if header.count(b'"data_offsets"') != count or b"\\u" in header:  # seldom, and then most often for a name's sake
         json.loads(header, object_pairs_hook=metadata.without_duplicates)
 
@@ -287,7 +311,7 @@ def safetensors() -> ModuleType:
     return safetensors
 
 
-def content_of(about: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+def content_of(about: Mapping[str, str], tensors: Mapping[str, object]) -> str:
     """The metadata that `write` wrote, whole."""
     if "fastopt" not in about:
         raise ValueError(
@@ -302,59 +326,95 @@ def content_of(about: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) ->
     return content
 
 
-class _Tensors:
-    """The tensors of a file, and what its metadata says of them."""
+class _Place(NamedTuple):
+    """Where in a file a tensor is, in row-major order."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-        self.resolved: dict[str, torch.Tensor] = {}
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: list[int]
+
+
+class _Tensors:
+    """The tensors of a file, and what its metadata says of them.
+
+    Args:
+        file: the file.
+        start: where their data begins.
+        entries: the name, the format's name for the dtype, and the shape of each, in the order of their data.
+    """
+
+    def __init__(self, file: OpenFile, start: int, entries: Iterable[tuple[str, str, list[int]]]) -> None:
+        self.file = file
+        self.copies = Copies()
+        self.places: dict[str, _Place] = {}
         self.crcs: dict[str, str] = {}
+        """Of the tensors that the metadata names."""
+        self.odd: dict[str, torch.Tensor] = {}
+        """Those that are not as they are in the file."""
+        found = Tensors(file, self.copies)
+        for name, of_format, shape in entries:
+            if (dtype := DTYPE_OF.get(of_format)) is None:
+                raise ValueError(f"tensor {name!r} is {of_format}, a dtype that torch does not have")
+            nbytes = math.prod(shape) * dtype.itemsize
+            self.places[name] = _Place(start, nbytes, dtype, shape)
+            found.add(start, nbytes, dtype, shape, None, 0, name)
+            start += nbytes
+        if start != os.fstat(file.descriptor).st_size:
+            raise ValueError("it has changed while it was being read")
+        self.tensors = dict(zip(self.places, found.all(), strict=True))
 
     def resolve(self, reference: dict[str, Json]) -> torch.Tensor:
         """The tensor that an object of the metadata stands for; the same one each time."""
         name = reference["$tensor"]
         if not isinstance(name, str) or name not in self.tensors:
             raise ValueError(f"its metadata refers to the tensor {name!r}, which is not there")
-        if name not in self.resolved:
+        if len(reference) == 2 and "crc32" in reference:
+            self.crcs[name] = reference["crc32"]
+            return self.tensors[name]
+        if name not in self.odd:
             try:
                 attributes = {key: value for key, value in reference.items() if key != "$tensor"}
-                self.resolved[name] = restored(self.tensors[name], **attributes)
+                self.odd[name] = self.restored(name, **attributes)
             except (TypeError, RuntimeError, OverflowError) as error:
                 reason = str(error).partition("\n")[0]
                 raise ValueError(f"what its metadata says of {name!r} does not fit: {reason}") from error
             self.crcs[name] = reference["crc32"]
-        return self.resolved[name]
+        return self.odd[name]
+
+    def restored(
+        self, name: str, *, crc32: str, strides: list[int] | None = None, requires_grad: bool = False
+    ) -> torch.Tensor:
+        """A tensor of the file, as it was when it was saved; `crc32` is not looked at."""
+        tensor, place = self.tensors[name], self.places[name]
+        if strides is not None and not check_strides(place.shape, strides):
+            whole = Elements(self.file, place.offset, place.dtype, place.shape, row_major(place.shape), name)
+            tensor = ChunkedTensor(place.shape, place.dtype, [([0] * len(place.shape), whole)], strides)
+            if requires_grad or self.copies.admit(place.nbytes):
+                tensor = tensor.whole()
+        elif strides is not None:
+            tensor = tensor.as_strided(place.shape, strides).data
+        return tensor.requires_grad_() if requires_grad else tensor
 
     def verify(self) -> None:
         """Refuse data whose checksum is not the saved one."""
-        tensors = [self.tensors[name] for name in self.crcs]
-        found = zip(self.crcs.items(), checksums(tensors), strict=True)
+        ranges = [self.places[name][:2] for name in self.crcs]
+        found = zip(self.crcs.items(), checksums(self.file.descriptor, ranges), strict=True)
         if damaged := [name for (name, crc), actual in found if crc != f"{actual:08x}"]:
             raise ValueError(f"the data of {some(damaged)} is damaged: the checksum is not the saved one")
 
 
-def restored(
-    tensor: torch.Tensor, *, crc32: str, strides: list[int] | None = None, requires_grad: bool = False
-) -> torch.Tensor:
-    """A tensor of the file, as it was when it was saved; `crc32` is not looked at."""
-    if tensor.data_ptr() % tensor.element_size():
-        tensor = tensor.clone()  # others than `write` may leave them unaligned
-    if strides is not None:
-        tensor = with_strides(tensor, strides)
-    tensor = tensor.data  # no view, as the library's are, which the native walk would not take for plain tensors
-    return tensor.requires_grad_() if requires_grad else tensor
-
-
-def with_strides(tensor: torch.Tensor, strides: list[int]) -> torch.Tensor:
-    """The same values in another order of dimensions: a view where that is none."""
-    if len(strides) != tensor.dim():
-        raise TypeError(f"{len(strides)} strides for {tensor.dim()} dimensions")
-    dims = [dim for dim, size in enumerate(tensor.shape) if size != 1]
-    if tensor.numel() == 0 or all(strides[dim] == tensor.stride(dim) for dim in dims):
-        return tensor.as_strided(tensor.shape, strides)
+def check_strides(shape: Sequence[int], strides: list[int]) -> bool:
+    """Whether strides are another way to say that a tensor is in row-major order; raise if they are no dense one's."""
+    if len(strides) != len(shape):
+        raise TypeError(f"{len(strides)} strides for {len(shape)} dimensions")
+    dims = [dim for dim, size in enumerate(shape) if size != 1]
+    in_order = row_major(shape)
+    if 0 in shape or all(strides[dim] == in_order[dim] for dim in dims):
+        return True
     expected = 1
     for dim in sorted(dims, key=lambda dim: strides[dim]):
         if strides[dim] != expected:
-            raise TypeError(f"the strides {strides} for the shape {list(tensor.shape)}")
-        expected *= tensor.shape[dim]
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+            raise TypeError(f"the strides {strides} for the shape {shape}")
+        expected *= shape[dim]
+    return False

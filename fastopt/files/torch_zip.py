@@ -24,13 +24,14 @@ ENTRY_HEAD = struct.Struct("<28x3H12x")
 """An entry of the directory up to its name, with the lengths of what follows: name, extra field, comment."""
 
 
-def write(fd: int, content: object, dtypes: Mapping[int, torch.dtype]) -> None:
-    """Write what `torch.save(content, …)` would to an empty file; see `records_of` for `dtypes`.
+def write(fd: int, content: object, dtypes: Mapping[int, torch.dtype], start: int = 0) -> int:
+    """Write what `torch.save(content, …)` would to a file that holds nothing from `start` on; returns its bytes.
 
-    Extra memory: that of `write_tensors`, of the pickle, and some hundred bytes a storage.
+    See `records_of` for `dtypes`. Extra memory: that of `write_tensors` and of the pickle, and some hundred bytes a
+    storage.
     """
     records = records_of(content, dtypes)
-    outline = _Outline(fd)
+    outline = _Outline(fd, start)
     writer = torch._C.PyTorchFileWriter(outline, True, config.save.storage_alignment)  # type: ignore[call-overload]
     large: dict[int, Stored] = {}
     for index, (name, data) in enumerate(records):
@@ -49,9 +50,10 @@ def write(fd: int, content: object, dtypes: Mapping[int, torch.dtype]) -> None:
     outline.raise_failure()
     if [size for _, size in outline.gaps] != [data.size for data in large.values()]:
         raise RuntimeError("torch's writer has left other room for the storages than it was told to")
-    entries = ((offset, *data) for (offset, _), data in zip(outline.gaps, large.values(), strict=True))
+    entries = ((start + offset, *data) for (offset, _), data in zip(outline.gaps, large.values(), strict=True))
     crcs = write_tensors(fd, entries)
     outline.finish(dict(zip(large, crcs, strict=True)))
+    return outline.position
 
 
 class _Outline:
@@ -61,8 +63,10 @@ class _Outline:
     `seek` raise nothing; what fails in them is kept, and from then on they do nothing.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, start: int = 0) -> None:
         self.fd = fd
+        self.start = start
+        """Where in the file this begins; all other places count from there."""
         self.position = 0
         self.gaps: list[tuple[int, int]] = []
         """Offset and size, in bytes."""
@@ -121,7 +125,7 @@ class _Outline:
 
     def flush(self) -> None:
         """Write what is kept."""
-        write_all(self.fd, memoryview(self.piece), self.position - len(self.piece))
+        self.write_at(self.position - len(self.piece), self.piece)
         self.piece = bytearray()
 
     def finish(self, crcs: Mapping[int, int]) -> None:
@@ -135,4 +139,8 @@ class _Outline:
             position += ENTRY_HEAD.size + sum(ENTRY_HEAD.unpack_from(self.piece, position))
         self.flush()
         for (offset, size), crc in zip(self.gaps, crcs.values(), strict=True):
-            write_all(self.fd, memoryview(struct.pack("<I", crc)), offset + size + CRC_IN_DESCRIPTOR)
+            self.write_at(offset + size + CRC_IN_DESCRIPTOR, struct.pack("<I", crc))
+
+    def write_at(self, position: int, data: bytes | bytearray) -> None:
+        """Write to the file."""
+        write_all(self.fd, memoryview(data), self.start + position)

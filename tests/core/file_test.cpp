@@ -116,6 +116,7 @@ void test_a_window_holds_what_is_asked_of_it_in_any_order() {
   for (const int64_t offset : {int64_t{0}, int64_t{5}, size - 7, fastopt::ReadWindow::kBytes - 3, int64_t{1}, size}) {
     const int64_t bytes = std::min<int64_t>(1000, size - offset);
     const char* found = window.at(file.descriptor(), offset, bytes);
+    check(reinterpret_cast<uintptr_t>(found) % 16 == static_cast<uintptr_t>(offset % 16), "not aligned at ", offset);
     check(std::memcmp(found, content.data() + offset, static_cast<size_t>(bytes)) == 0, "other bytes at ", offset);
   }
   try {

@@ -76,7 +76,8 @@ void test_checksums_of_all_lengths_and_in_parts() {
 void test_a_record_that_others_write_is_as_one_written_here() {
   const std::vector<size_t> sizes{0, 1, 63, 64, 5'000, 3};
   File whole, around;
-  fastopt::ZipWriter first(whole.number(), "folder", 64), second(around.number(), "folder", 64);
+  fastopt::FileOutput to_whole(whole.number()), to_around(around.number());
+  fastopt::ZipWriter first(to_whole, "folder", 64), second(to_around, "folder", 64);
   fastopt::ZipLayout layout(sizeof "folder/" - 1, 64);
   for (size_t i = 0; i < sizes.size(); ++i) {
     const std::string name = text("data/", i), data = bytes(sizes[i]);
@@ -89,7 +90,10 @@ void test_a_record_that_others_write_is_as_one_written_here() {
   }
   first.finish();
   second.finish();
+  to_whole.flush();
+  to_around.flush();
   const std::string content = whole.content();
+  check(content.size() == layout.file_size(), "the size of the file is not the one expected");
   check(content == around.content(), "the files differ");
   check(content.substr(layout.end(), 4) == "PK\x01\x02", "the directory is not where the records end");
 }
@@ -97,18 +101,36 @@ void test_a_record_that_others_write_is_as_one_written_here() {
 void test_a_large_record_goes_through_the_buffer_in_pieces() {
   const std::string data = bytes((size_t{9} << 20) + 5);
   File file;
-  fastopt::ZipWriter zip(file.number(), "a", 64);
+  fastopt::FileOutput output(file.number());
+  fastopt::ZipWriter zip(output, "a", 64);
   zip.add("b", data.data(), data.size());
   zip.finish();
+  output.flush();
   fastopt::ZipLayout layout(2, 64);
   check(file.content().substr(layout.next("b", data.size()).data, data.size()) == data, "the data is another");
 }
 
-void test_a_file_that_cannot_be_written_is_an_error() {
-  fastopt::ZipWriter zip(-1, "a", 64);
-  zip.add("b", "c", 1);
-  try {
+// Files of torch.distributed.checkpoint hold many of these, one after the other.
+void test_a_file_within_another_is_the_same() {
+  File alone, within;
+  fastopt::FileOutput to_alone(alone.number()), to_within(within.number(), 192);
+  for (fastopt::FileOutput* output : {&to_alone, &to_within}) {
+    fastopt::ZipWriter zip(*output, "a", 64);
+    zip.add("b", "content", 7);
     zip.finish();
+    output->flush();
+  }
+  check(to_alone.offset() == alone.content().size(), "the output is not where the file ends");
+  check(within.content().substr(192) == alone.content(), "the files differ");
+}
+
+void test_a_file_that_cannot_be_written_is_an_error() {
+  fastopt::FileOutput output(-1);
+  fastopt::ZipWriter zip(output, "a", 64);
+  zip.add("b", "c", 1);
+  zip.finish();
+  try {
+    output.flush();
   } catch (const std::system_error& error) {
     check(error.code() == std::errc::bad_file_descriptor, "another error: ", error.what());
     return;
@@ -123,6 +145,7 @@ std::span<const Test> torch_zip_tests() {
       TEST(test_checksums_of_all_lengths_and_in_parts),
       TEST(test_a_record_that_others_write_is_as_one_written_here),
       TEST(test_a_large_record_goes_through_the_buffer_in_pieces),
+      TEST(test_a_file_within_another_is_the_same),
       TEST(test_a_file_that_cannot_be_written_is_an_error),
   };
   return kTests;
