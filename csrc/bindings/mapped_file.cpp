@@ -61,8 +61,7 @@ std::optional<FileRange> file_range_of(const c10::StorageImpl& storage) {
     return std::nullopt;
   }
   const auto& file = *static_cast<const MappedFile*>(memory.get_context());
-  return FileRange{file,
-                   static_cast<size_t>(static_cast<const char*>(memory.get()) - file.contents().data()),
+  return FileRange{file, static_cast<size_t>(static_cast<const char*>(memory.get()) - file.contents().data()),
                    storage.nbytes()};
 }
 
