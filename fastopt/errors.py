@@ -65,6 +65,32 @@ def note_missing_keys(error: Exception, state_dict: Mapping[Any, Any]) -> None:
     error.add_note(f"the dict holds {', '.join(keys[:8])}{' and more' if len(keys) > 8 else ''}{hint}")
 
 
+def note_odd_entries(
+    error: Exception, state: Mapping[Any, Any], params: Mapping[Any, torch.Tensor], groups: Iterable[Mapping[str, Any]]
+) -> None:
+    """Add to an error of the optimizer's own, which names no parameter, the first one whose state it cannot have liked.
+
+    Args:
+        error: what `__setstate__` has raised.
+        state: the loaded state.
+        params: the parameters by the ids they were saved under.
+        groups: the optimizer's groups.
+    """
+    key = error.args[0] if isinstance(error, KeyError) and error.args else None
+    lacks_key = isinstance(key, str) and any(isinstance(entry, Mapping) and key in entry for entry in state.values())
+    for saved_id, param in params.items():
+        entry = state.get(param, {})
+        if not isinstance(entry, Mapping):
+            odd = describe_tensor(entry) if isinstance(entry, torch.Tensor) else _kind(entry)
+            found = f"is {odd}, not a dict"
+        elif lacks_key and entry and key not in entry:
+            found = f"has no {key!r}"
+        else:
+            continue
+        error.add_note(f"the state of {describe_parameter(param, saved_id, groups)}, {found}")
+        return
+
+
 def _kind(value: Any) -> str:
     name = "None" if value is None else type(value).__name__
     article = "" if value is None else "an " if name[0] in "AEIOUaeiou" else "a "

@@ -50,6 +50,8 @@ class LoadReport:
     """Indices of the optimizer's parameters for which the dict holds no state."""
     unexpected: list[Any] = field(default_factory=list)
     """Keys of the saved state that belong to no parameter; they are kept, as torch keeps them."""
+    renamed: list[tuple[int, str, str]] = field(default_factory=list)
+    """Index, name and saved name of each parameter that was saved under another name: a load goes by place."""
     unused_patterns: list[str] = field(default_factory=list)
     """Keys and patterns of `policy` and `device` that fitted no key of the state."""
     replaced: list[tuple[Any, str]] = field(default_factory=list)
@@ -119,6 +121,12 @@ class LoadReport:
         if self.missing:
             indices = "index" if len(self.missing) == 1 else "indices"
             lines.append(f"  no state for {counted(len(self.missing), 'parameter')}: {indices} {some(self.missing)}")
+        if self.renamed:
+            names = [f"{index} {own!r} was {saved!r}" for index, own, saved in self.renamed[:SHOWN]]
+            lines.append(
+                f"  loaded by place, {counted(len(self.renamed), 'parameter')} of other names: "
+                f"{listed(names, len(self.renamed))}"
+            )
         if self.unexpected:
             lines.append(f"  state of no parameter, kept: {some(self.unexpected)}")
         if self.unused_patterns:

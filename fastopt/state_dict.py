@@ -23,7 +23,7 @@ from fastopt.backends.interface import Group, State
 from fastopt.casting import Cast
 from fastopt.collector import paused_collector
 from fastopt.donation import CastDonated
-from fastopt.errors import note_wrong_arguments
+from fastopt.errors import note_odd_entries, note_wrong_arguments
 from fastopt.inplace import CastInPlace
 from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import LoadReport
@@ -200,9 +200,14 @@ def load(optimizer: Optimizer, state_dict: StateDict, make_cast: MakeCast) -> Lo
         state = cast.cast_state(cast.saved_state(state_dict), params)
         cast.report.unused_patterns = cast.policy.unused()
         cast.report.missing = missing_indices(state, groups, len(cast.report.unexpected))
+        cast.report.renamed = other_names(groups, saved_groups)
 
         new_groups = [update_group(group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
-        commit(optimizer, cast, {"state": state, "param_groups": new_groups})
+        try:
+            commit(optimizer, cast, {"state": state, "param_groups": new_groups})
+        except Exception as error:
+            note_odd_entries(error, state, params, groups)
+            raise
 
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
@@ -267,6 +272,22 @@ def id_map(saved_groups: Sequence[Group], groups: Sequence[Group]) -> dict[Any, 
         odd = [(index, key) for index, ids in enumerate(saved_lists) for key in ids if not isinstance(key, Hashable)]
         error.add_note("".join(f"saved id {key!r} in param group {index}" for index, key in odd[:1]))
         raise
+
+
+def other_names(groups: Sequence[Group], saved_groups: Sequence[Group]) -> list[tuple[int, str, str]]:
+    """Index, name and saved name of each parameter that was saved under another name, where both sides have names.
+
+    torch goes by place and takes the saved names over, so that nothing tells of it afterwards.
+    """
+    found: list[tuple[int, str, str]] = []
+    first = 0
+    for group, saved in zip(groups, saved_groups, strict=True):
+        names, saved_names = group.get("param_names"), saved.get("param_names")
+        if isinstance(names, list) and isinstance(saved_names, list) and names != saved_names:
+            pairs = enumerate(zip(names, saved_names, strict=False), first)
+            found += [(index, name, saved_name) for index, (name, saved_name) in pairs if name != saved_name]
+        first += len(group["params"])
+    return found
 
 
 def update_group(group: Group, saved_group: Group) -> Group:

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastopt
 from tests.oracle import (
+    TORCH_STATE_DICT,
     Bare,
     Comparison,
     adam,
@@ -151,6 +152,39 @@ FILE_FIRST = "load the file first, e.g. torch.load(path, weights_only=True)"
 def test_what_is_no_state_dict_is_named(state_dict, note, copy):
     error = load_both(lambda: trained(adam()), state_dict, copy)
     assert error.__notes__ == [note]
+
+
+def without(key):
+    def changed(state):
+        del state[1][key]
+        return state
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        (lambda state: state | {1: None}, "is None, not a dict"),
+        (lambda state: state | {1: torch.ones(2)}, "is float32 [2] on cpu, not a dict"),
+        (lambda state: state | {1: 3}, "is an int, not a dict"),
+        (without("step"), "has no 'step'"),
+    ],
+)
+@pytest.mark.parametrize("inplace", [False, "auto"])
+def test_an_entry_that_the_optimizer_itself_refuses_names_its_parameter(changed, found, inplace):
+    def make():
+        return torch.optim.AdamW([("a", parameter(3, 4)), ("b", parameter(2))])
+
+    state_dict = change(state=changed)()
+    state_dict["param_groups"] = TORCH_STATE_DICT(make())["param_groups"]
+    actual, expected = make(), make()
+    before = fingerprint(actual)
+    _, error = outcome(lambda: fastopt.load_state_dict(actual, state_dict, inplace=inplace))
+    _, torchs = outcome(lambda: torch_load(expected, state_dict, copy=True))
+    assert_same_error(error, torchs)
+    assert f"the state of parameter 1 'b' (float32 [2] on cpu), saved under id 1, {found}" in error.__notes__
+    assert fingerprint(actual) == before
 
 
 @pytest.mark.parametrize(
