@@ -139,6 +139,10 @@ class Cast:
         """A value that needs no cast: copied where nothing may be shared."""
         return value if self.memo is None else copying.deepcopy(value, self.memo)
 
+    def group(self, index: int, group: Group, saved_group: Group) -> Group:
+        """The hyperparameters of a new group: the saved ones, which are our own copy."""
+        return saved_group
+
     def commit(self) -> None:
         """Do what could not be done before all values were known to be in order."""
 

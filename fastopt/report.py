@@ -45,7 +45,7 @@ class LoadReport:
     """Tensors that needed no cast and stay the objects that they are: of the dict, as `copy=False` allows and
     `donate=True` asks, or of the optimizer itself."""
     filled: int = 0
-    """Tensors of the optimizer's own that were filled, as `inplace=True` asks."""
+    """Tensors of the optimizer's own that were filled, as `inplace=True` asks; those of hyperparameters included."""
     missing: list[int] = field(default_factory=list)
     """Indices of the optimizer's parameters for which the dict holds no state."""
     unexpected: list[Any] = field(default_factory=list)
@@ -55,7 +55,8 @@ class LoadReport:
     unused_patterns: list[str] = field(default_factory=list)
     """Keys and patterns of `policy` and `device` that fitted no key of the state."""
     replaced: list[tuple[Any, str]] = field(default_factory=list)
-    """Saved id and place of each tensor that `inplace="auto"` could not fill, and put a new one there."""
+    """Saved id and place of each tensor that `inplace="auto"` could not fill, and put a new one there; of tensors among
+    the hyperparameters None and the place."""
     audit: dict[tuple[Any, torch.dtype, torch.dtype], AuditCount] | None = None
     """What casts did to values, as `audit=True` asks: by state key, saved and final dtype."""
     unaudited: int = 0
@@ -114,7 +115,10 @@ class LoadReport:
         if self.filled:
             lines.append(f"  filled {self.filled:,} in place")
         if self.replaced:
-            places = [f"{place} of id {saved_id!r}" for saved_id, place in self.replaced[:SHOWN]]
+            places = [
+                f"{place} of id {saved_id!r}" if place.startswith("state") else place
+                for saved_id, place in self.replaced[:SHOWN]
+            ]
             lines.append(
                 f"  replaced {len(self.replaced):,}, which had nothing to fill: {listed(places, len(self.replaced))}"
             )

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -24,7 +24,7 @@ from fastopt.casting import Cast
 from fastopt.collector import paused_collector
 from fastopt.donation import CastDonated
 from fastopt.errors import note_odd_entries, note_wrong_arguments
-from fastopt.inplace import CastInPlace
+from fastopt.inplace import CastInPlace, InPlace, check_inplace
 from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import LoadReport
 
@@ -81,7 +81,7 @@ def load_state_dict(
     copy: bool = True,
     policy: DTypes | None = None,
     device: Devices = "param",
-    inplace: bool | Literal["auto"] = False,
+    inplace: InPlace = False,
     donate: bool = False,
     audit: bool = False,
 ) -> LoadReport:
@@ -105,8 +105,9 @@ def load_state_dict(
             on. Or a device, or a dict of these as for `policy`.
         inplace: whether the values go into the tensors that the optimizer already holds, which stay the objects, and in
             the memory, that they are; each keeps its dtype and device. Nothing is allocated, and nothing is shared.
-            `"auto"`: a saved tensor that finds none of its shape in its place is loaded as ever, copied; the report
-            lists such places in `replaced`.
+            So do tensors among the hyperparameters, as a tensor `lr`, where a tensor of their shape or a number was
+            saved; a held number becomes what was saved. `"auto"`: a saved tensor that finds none of its shape in its
+            place is loaded as ever, copied; the report lists such places in `replaced`.
         donate: whether the dict is given away. Its state is released while it is cast, so that inputs and outputs are
             never in memory both: 32 MiB at a time, and the tensors of a larger parameter in parts (with the Python
             backend, and for what takes rules of Python, one parameter's as a whole). What somebody else holds, or is in
@@ -157,7 +158,7 @@ def cast_by(
     state_dict: StateDict,
     copy: bool,
     policy: Policy,
-    inplace: bool | Literal["auto"],
+    inplace: InPlace,
     donate: bool,
     audit: bool,
     reads_files: bool = False,
@@ -166,8 +167,7 @@ def cast_by(
 
     `reads_files`: whether the state has just been read, and nobody has written to it since.
     """
-    if not isinstance(inplace, bool) and inplace != "auto":
-        raise ValueError(f"inplace: {inplace!r} is neither a bool nor 'auto'")
+    check_inplace(inplace)
     if inplace and not policy.is_reference:
         raise ValueError("inplace: the tensors to fill have their dtypes and devices; there is nothing to choose")
     if inplace and donate:
@@ -202,7 +202,10 @@ def load(optimizer: Optimizer, state_dict: StateDict, make_cast: MakeCast) -> Lo
         cast.report.missing = missing_indices(state, groups, len(cast.report.unexpected))
         cast.report.renamed = other_names(groups, saved_groups)
 
-        new_groups = [update_group(group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
+        new_groups = [
+            update_group(group, cast.group(index, group, saved))
+            for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True))
+        ]
         try:
             commit(optimizer, cast, {"state": state, "param_groups": new_groups})
         except Exception as error:

@@ -129,6 +129,38 @@ def test_in_place_what_is_not_held_is_an_error_and_changes_nothing():
     assert fingerprint(optimizer) == before
 
 
+def test_in_place_where_there_is_something_to_fill():
+    optimizer = trained(adam((3, 4), (5,)))
+    expected = copying.deepcopy(TORCH_STATE_DICT(optimizer))
+    for dtype in (None, BF16):
+        snapshot = fastopt.snapshot(optimizer, dtype=dtype)
+        first, second = (param for group in optimizer.param_groups for param in group["params"])
+        optimizer.state[first]["exp_avg"] = torch.zeros(3)
+        held = optimizer.state[second]["exp_avg"].zero_()
+        report = snapshot.restore(inplace="auto")
+        assert report.replaced == [(0, "state['exp_avg']")]
+        assert optimizer.state[second]["exp_avg"] is held
+        assert optimizer.state[first]["exp_avg"].dtype is F32
+        if dtype is None:
+            assert_same_state(TORCH_STATE_DICT(optimizer), expected)
+
+
+@pytest.mark.parametrize("inplace", ["always", 1, None])
+def test_other_words_than_auto_are_refused(inplace):
+    with pytest.raises(ValueError, match="is neither a bool nor 'auto'"):
+        fastopt.snapshot(trained(adam())).restore(inplace=inplace)
+
+
+def test_a_tensor_lr_is_restored_in_place():
+    optimizer = make("AdamW with a tensor lr")
+    lr = optimizer.param_groups[0]["lr"]
+    snapshot = fastopt.snapshot(optimizer)
+    lr.fill_(9)
+    snapshot.restore(inplace=True)
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr == torch.tensor(1e-3)
+
+
 def test_other_groups_by_now_are_an_error_and_change_nothing():
     optimizer = trained(adam())
     snapshot = fastopt.snapshot(optimizer)
