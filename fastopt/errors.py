@@ -40,6 +40,13 @@ def describe_tensor(tensor: torch.Tensor) -> str:
         return f"a {type(tensor).__name__}"
 
 
+def check_bools(function: str, **options: Any) -> None:
+    """Raise a TypeError for an option that is no bool: `"no"` is true."""
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{function}: {name}={value!r} is {_kind(value)}, not a bool")
+
+
 def note_wrong_arguments(error: Exception, optimizer: Any, state_dict: Any) -> None:
     """Add to an error of `load_state_dict` what is wrong with its arguments, if anything is."""
     if not isinstance(optimizer, Optimizer):
