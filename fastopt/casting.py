@@ -48,6 +48,7 @@ class Cast:
         self.rule_of = None if self.policy.is_reference else self.policy.rule
         self.audits = audit
         self.gives = False
+        self.doing = "loading"
         # A hook may have changed what the mapping holds, and the file knows nothing of that.
         self.reads_files = reads_files and not optimizer._optimizer_load_state_dict_pre_hooks
         self.report = LoadReport(self.backend.name, audit={} if audit else None)
@@ -65,7 +66,7 @@ class Cast:
         try:
             return self(param, value, saved_id, key, state_key)
         except Exception as error:
-            error.add_note(f"while loading the state of {describe_parameter(param, saved_id, self.groups)}")
+            error.add_note(f"while {self.doing} the state of {describe_parameter(param, saved_id, self.groups)}")
             raise
 
     def __call__(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None, state_key: Any = None) -> Any:

@@ -5,7 +5,8 @@ shape it was about. Tracebacks show it, and programs find it in `error.__notes__
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,23 +41,41 @@ def describe_tensor(tensor: torch.Tensor) -> str:
         return f"a {type(tensor).__name__}"
 
 
-def check_bools(function: str, **options: Any) -> None:
+def check_bools(**options: Any) -> None:
     """Raise a TypeError for an option that is no bool: `"no"` is true."""
     for name, value in options.items():
         if not isinstance(value, bool):
-            raise TypeError(f"{function}: {name}={value!r} is {_kind(value)}, not a bool")
+            raise TypeError(f"{name}: {value!r} is {_kind(value)}, not a bool")
+
+
+@contextmanager
+def optimizer_noted(optimizer: Any) -> Iterator[None]:
+    """Add to an error within the block that the optimizer is none, where it is none."""
+    try:
+        yield
+    except Exception as error:
+        note_wrong_optimizer(error, optimizer)
+        raise
+
+
+def note_wrong_optimizer(error: Exception, optimizer: Any) -> None:
+    """Add to an error that the optimizer is none, where it is none."""
+    if not isinstance(optimizer, Optimizer):
+        error.add_note(f"optimizer is {_kind(optimizer)}, not a torch.optim.Optimizer")
 
 
 def note_wrong_arguments(error: Exception, optimizer: Any, state_dict: Any) -> None:
     """Add to an error of `load_state_dict` what is wrong with its arguments, if anything is."""
-    if not isinstance(optimizer, Optimizer):
-        error.add_note(f"optimizer is {_kind(optimizer)}, not a torch.optim.Optimizer")
+    note_wrong_optimizer(error, optimizer)
     if not isinstance(state_dict, Mapping):
         file_first = "; load the file first, e.g. torch.load(path, weights_only=True)"
         hint = file_first if isinstance(state_dict, str | os.PathLike) else ""
         error.add_note(f"state_dict is {_kind(state_dict)}, not a dict{hint}")
     else:
         note_missing_keys(error, state_dict)
+        for key, kind, name in (("state", Mapping, "dict"), ("param_groups", (list, tuple), "list")):
+            if key in state_dict and not isinstance(state_dict[key], kind):
+                error.add_note(f"{key!r} is {_kind(state_dict[key])}, not a {name}")
 
 
 def note_missing_keys(error: Exception, state_dict: Mapping[Any, Any]) -> None:

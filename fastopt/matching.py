@@ -111,7 +111,7 @@ def match(
     """
     if by != "name":
         raise ValueError(f"match: by={by!r}; parameters are matched by 'name'")
-    check_bools("match", strict=strict)
+    check_bools(strict=strict)
     if isinstance(state_dict, Optimizer):
         state_dict, optimizer = cast(StateDict, optimizer), state_dict
     optimizer = cast(Optimizer, optimizer)

@@ -61,12 +61,14 @@ class LoadReport:
     """What casts did to values, as `audit=True` asks: by state key, saved and final dtype."""
     unaudited: int = 0
     """Tensors that `audit=True` could not look at: complex, sparse, on the meta device, of classes of their own."""
-    fate: str = SHARED
-    """How it prints what is `shared`."""
-    recast: bool = False
-    """Whether the state was the optimizer's own, as in `to_device` and `cast_state`."""
     emptied: int = 0
     """Tensors whose values are gone, as they went to the meta device."""
+    done: str = field(default="loaded", repr=False)
+    """How it prints what was done: `"recast"` in `to_device` and `cast_state`, `"copied"` in `snapshot`."""
+    fate: str = field(default=SHARED, repr=False)
+    """How it prints what is `shared`."""
+    options: str = field(default="policy or device", repr=False)
+    """How it prints where `unused_patterns` were given."""
 
     @property
     def tensors(self) -> int:
@@ -100,9 +102,8 @@ class LoadReport:
     def __str__(self) -> str:
         moved = self.bytes_read + self.bytes_written
         rate = f", {size(moved / self.seconds)}/s" if moved >= ENOUGH_FOR_A_RATE and self.seconds else ""
-        done = "recast" if self.recast else "loaded"
         lines = [
-            f"{done} {counted(self.tensors, 'tensor')} in {duration(self.seconds)} ({self.backend}): "
+            f"{self.done} {counted(self.tensors, 'tensor')} in {duration(self.seconds)} ({self.backend}): "
             f"read {size(self.bytes_read)}, wrote {size(self.bytes_written)}{rate}"
         ]
         for (source, target), count in self.casts.items():
@@ -134,7 +135,7 @@ class LoadReport:
         if self.unexpected:
             lines.append(f"  state of no parameter, kept: {some(self.unexpected)}")
         if self.unused_patterns:
-            lines.append(f"  no key of the state fits {some(self.unused_patterns)}, given in policy or device")
+            lines.append(f"  no key of the state fits {some(self.unused_patterns)}, given in {self.options}")
         if self.emptied:
             lines.append(f"  values lost to the meta device: {counted(self.emptied, 'tensor')}")
         for (state_key, source, target), seen in (self.audit or {}).items():

@@ -1,6 +1,7 @@
 """Copies of an optimizer's state that training does not touch."""
 
 import os
+import time
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastopt.backends.interface import Group
 from fastopt.casting import Cast
 from fastopt.collector import paused_collector
 from fastopt.containers import tensors_of
+from fastopt.errors import check_bools
 from fastopt.files import torch_file
 from fastopt.inplace import CastInPlace, InPlace, check_inplace
 from fastopt.policy import DTypes, Policy, saving_policy
@@ -78,7 +80,7 @@ class Snapshot:
 
 
 def snapshot(
-    optimizer: Optimizer, *, device: torch.device | str | int = "cpu", dtype: DTypes | None = None
+    optimizer: Optimizer, *, device: torch.device | str | int = "cpu", dtype: DTypes | None = None, audit: bool = False
 ) -> Snapshot:
     """Copy the state of an optimizer, all tensors in one batch, so that training may go on.
 
@@ -87,6 +89,7 @@ def snapshot(
         device: the device of the copies, or `"keep"` for the one that each tensor is on.
         dtype: a floating dtype for the copies of floating state other than `step`; None keeps the dtypes. Or a dict by
             key, as the `policy` of `load_state_dict`; keys that it does not fit keep theirs.
+        audit: whether the casts are looked at, as in `load_state_dict`; the snapshot's `report` has what is found.
 
     Returns:
         A snapshot that shares no memory with the optimizer.
@@ -96,17 +99,21 @@ def snapshot(
     """
     if device != "keep" and torch.device(device).type == "meta":
         raise ValueError("snapshot: tensors on the meta device have no values, and could not be restored")
+    check_bools(audit=audit)
+    started = time.perf_counter()
     policy = saving_policy(dtype, device)
     live = state_dict(optimizer)
     with paused_collector():
         saved_groups = deepcopied(live["param_groups"])
         params = id_map(saved_groups, optimizer.param_groups)
-        cast = Cast(optimizer, saved_groups, copy=True, policy=policy)
+        cast = Cast(optimizer, saved_groups, copy=True, policy=policy, audit=audit)
+        cast.doing, cast.report.done, cast.report.options = "copying", "copied", "dtype"
         state = cast.cast_state(live["state"], params)
         cast.report.unused_patterns = policy.unused()
         copied = {key: value if key in ("state", "param_groups") else cast.keep(value) for key, value in live.items()}
         copied["state"] = {index: state[params.get(index, index)] for index in live["state"]}
         copied["param_groups"] = saved_groups
+        cast.report.seconds = time.perf_counter() - started
         return Snapshot(optimizer, copied, origins_of(live["state"], copied["state"]), cast.report)
 
 

@@ -23,7 +23,7 @@ from fastopt.backends.interface import Group, State
 from fastopt.casting import Cast
 from fastopt.collector import paused_collector
 from fastopt.donation import CastDonated
-from fastopt.errors import note_odd_entries, note_wrong_arguments
+from fastopt.errors import check_bools, note_odd_entries, note_wrong_arguments, optimizer_noted
 from fastopt.inplace import CastInPlace, InPlace, check_inplace
 from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import LoadReport
@@ -47,7 +47,9 @@ def state_dict(optimizer: Optimizer) -> StateDict:
     Raises:
         KeyError: the state has a tensor for a key that stands in no group.
     """
-    for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
+    with optimizer_noted(optimizer):
+        pre_hooks = optimizer._optimizer_state_dict_pre_hooks
+    for pre_hook in pre_hooks.values():
         pre_hook(optimizer)
 
     result = packed(optimizer)
@@ -126,6 +128,7 @@ def load_state_dict(
         ValueError: `policy` has no such rule, or a dtype that is not floating; or `policy` or `device` is given with
             `inplace`, where each tensor has its dtype and device already.
         ValueError: `donate` or `audit` is given with `inplace`.
+        TypeError: `copy`, `donate` or `audit` is no bool.
         ValueError: with `inplace`, the optimizer holds no tensor of the shape in a saved tensor's place, or two places
             hold overlapping ones (with `"auto"` overlapping ones alone).
         Exception: whatever torch raises for a value that it cannot cast, with a note that names parameter and key.
@@ -168,6 +171,7 @@ def cast_by(
     `reads_files`: whether the state has just been read, and nobody has written to it since.
     """
     check_inplace(inplace)
+    check_bools(copy=copy, donate=donate, audit=audit)
     if inplace and not policy.is_reference:
         raise ValueError("inplace: the tensors to fill have their dtypes and devices; there is nothing to choose")
     if inplace and donate:

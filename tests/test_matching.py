@@ -610,7 +610,7 @@ def test_named_parameters_of_other_kinds_are_named():
 
 
 def test_other_arguments_of_other_kinds_are_named():
-    with pytest.raises(TypeError, match="match: strict='no' is a str, not a bool"):
+    with pytest.raises(TypeError, match="strict: 'no' is a str, not a bool"):
         fastopt.match(moments("a"), bare("a"), strict="no")
     with pytest.raises(TypeError, match="match: 'state' is a list, not a dict"):
         fastopt.match({**moments("a"), "state": [{}]}, bare("a"))

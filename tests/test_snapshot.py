@@ -292,3 +292,33 @@ def test_permissions_and_links(tmp_path: Path):
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         fastopt.snapshot(adam()).save(tmp_path / "missing" / "optimizer.pt")
+
+
+# ---- reports ----
+
+
+def test_the_report_says_what_was_copied():
+    snapshot = fastopt.snapshot(trained(adam()), dtype={"exp_avgg": BF16})
+    assert snapshot.report.seconds > 0
+    assert str(snapshot.report).startswith("copied 9 tensors in ")
+    assert str(snapshot.report).endswith("no key of the state fits 'exp_avgg', given in dtype")
+    for internal in ("fate", "done", "options", "{:,}"):
+        assert internal not in repr(snapshot.report)
+
+
+def test_the_casts_are_audited():
+    optimizer = trained(adam())
+    for state in optimizer.state.values():
+        state["exp_avg_sq"].mul_(1e-12)
+    report = fastopt.snapshot(optimizer, dtype=torch.float16, audit=True).report
+    values = sum(state["exp_avg_sq"].numel() for state in optimizer.state.values())
+    assert report.audit["exp_avg_sq", F32, torch.float16].underflowed == values
+    assert fastopt.snapshot(optimizer, dtype=torch.float16).report.audit is None
+
+
+def test_an_error_says_what_was_being_done():
+    optimizer = trained(adam())
+    optimizer.state[optimizer.param_groups[0]["params"][0]]["broken"] = iter([1])
+    with pytest.raises(TypeError) as caught:
+        fastopt.snapshot(optimizer)
+    assert caught.value.__notes__[-1].startswith("while copying the state of parameter 0 ")

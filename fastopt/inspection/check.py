@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from fastopt.backends.interface import Group
 from fastopt.collector import paused_collector
+from fastopt.errors import check_bools
 from fastopt.inspection.hyperparameters import (
     lacking_hyperparameters,
     nan_hyperparameters,
@@ -51,10 +52,11 @@ def check(optimizer: Optimizer, state_dict: StateDict, *, shapes: bool = True, f
         Every problem, those of the structure first, then by kind and key; empty if there is none.
 
     Raises:
-        TypeError: `optimizer` is none.
+        TypeError: `optimizer` is none, or an option no bool.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"check: optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer")
+    check_bools(shapes=shapes, finite=finite)
     with paused_collector(), torch.no_grad():
         return list(problems(optimizer, state_dict, shapes, finite))
 
