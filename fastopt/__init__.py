@@ -6,7 +6,7 @@ from fastopt.batch import copy_, to
 from fastopt.checkpoint import SaveReport, load, save
 from fastopt.errors import BackgroundSaveError, CheckpointError
 from fastopt.inspection import Diff, Problem, Summary, check, diff, summary
-from fastopt.matching import match
+from fastopt.matching import MatchReport, match
 from fastopt.patch import install, installed, uninstall
 from fastopt.recast import cast_state, to_device
 from fastopt.report import LoadReport
@@ -20,6 +20,7 @@ __all__ = [
     "CheckpointError",
     "Diff",
     "LoadReport",
+    "MatchReport",
     "Problem",
     "SaveReport",
     "Snapshot",

@@ -7,6 +7,7 @@ import torch
 
 from fastopt.backends import current
 from fastopt.collector import paused_collector
+from fastopt.errors import check_bools
 
 
 def copy_(dsts: Iterable[torch.Tensor], srcs: Iterable[torch.Tensor], *, non_blocking: bool = False) -> None:
@@ -32,6 +33,7 @@ def copy_(dsts: Iterable[torch.Tensor], srcs: Iterable[torch.Tensor], *, non_blo
 
     After a ValueError or TypeError nothing has been written.
     """
+    check_bools(non_blocking=non_blocking)
     listed_dsts, listed_srcs = list(dsts), list(srcs)
     if len(listed_dsts) != len(listed_srcs):
         raise ValueError(f"copy_: {len(listed_dsts)} destinations and {len(listed_srcs)} sources")
@@ -62,6 +64,7 @@ def to(
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"to: dtype is a {type(dtype).__name__}, not a torch.dtype")
+    check_bools(copy=copy)
     options: dict[str, Any] = {}
     if dtype is not None:
         options["dtype"] = dtype

@@ -48,6 +48,7 @@ class Cast:
         self.rule_of = None if self.policy.is_reference else self.policy.rule
         self.audits = audit
         self.gives = False
+        self.doing = "loading"
         # A hook may have changed what the mapping holds, and the file knows nothing of that.
         self.reads_files = reads_files and not optimizer._optimizer_load_state_dict_pre_hooks
         self.check_source: Callable[[], None] = lambda: None
@@ -67,7 +68,7 @@ class Cast:
         try:
             return self(param, value, saved_id, key, state_key)
         except Exception as error:
-            error.add_note(f"while loading the state of {describe_parameter(param, saved_id, self.groups)}")
+            error.add_note(f"while {self.doing} the state of {describe_parameter(param, saved_id, self.groups)}")
             raise
 
     def __call__(self, param: torch.Tensor, value: Any, saved_id: Any, key: Any = None, state_key: Any = None) -> Any:
@@ -140,6 +141,10 @@ class Cast:
     def keep(self, value: Any) -> Any:
         """A value that needs no cast: copied where nothing may be shared."""
         return value if self.memo is None else copying.deepcopy(value, self.memo)
+
+    def group(self, index: int, group: Group, saved_group: Group) -> Group:
+        """The hyperparameters of a new group: the saved ones, which are our own copy."""
+        return saved_group
 
     def commit(self) -> None:
         """Do what could not be done before all values were known to be in order."""

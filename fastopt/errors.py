@@ -5,7 +5,8 @@ shape it was about. Tracebacks show it, and programs find it in `error.__notes__
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,16 +41,41 @@ def describe_tensor(tensor: torch.Tensor) -> str:
         return f"a {type(tensor).__name__}"
 
 
-def note_wrong_arguments(error: Exception, optimizer: Any, state_dict: Any) -> None:
-    """Add to an error of `load_state_dict` what is wrong with its arguments, if anything is."""
+def check_bools(**options: Any) -> None:
+    """Raise a TypeError for an option that is no bool: `"no"` is true."""
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: {value!r} is {_kind(value)}, not a bool")
+
+
+@contextmanager
+def optimizer_noted(optimizer: Any) -> Iterator[None]:
+    """Add to an error within the block that the optimizer is none, where it is none."""
+    try:
+        yield
+    except Exception as error:
+        note_wrong_optimizer(error, optimizer)
+        raise
+
+
+def note_wrong_optimizer(error: Exception, optimizer: Any) -> None:
+    """Add to an error that the optimizer is none, where it is none."""
     if not isinstance(optimizer, Optimizer):
         error.add_note(f"optimizer is {_kind(optimizer)}, not a torch.optim.Optimizer")
+
+
+def note_wrong_arguments(error: Exception, optimizer: Any, state_dict: Any) -> None:
+    """Add to an error of `load_state_dict` what is wrong with its arguments, if anything is."""
+    note_wrong_optimizer(error, optimizer)
     if not isinstance(state_dict, Mapping):
         file_first = "; load the file first, e.g. torch.load(path, weights_only=True)"
         hint = file_first if isinstance(state_dict, str | os.PathLike) else ""
         error.add_note(f"state_dict is {_kind(state_dict)}, not a dict{hint}")
     else:
         note_missing_keys(error, state_dict)
+        for key, kind, name in (("state", Mapping, "dict"), ("param_groups", (list, tuple), "list")):
+            if key in state_dict and not isinstance(state_dict[key], kind):
+                error.add_note(f"{key!r} is {_kind(state_dict[key])}, not a {name}")
 
 
 def note_missing_keys(error: Exception, state_dict: Mapping[Any, Any]) -> None:
@@ -63,6 +89,32 @@ def note_missing_keys(error: Exception, state_dict: Mapping[Any, Any]) -> None:
     inner = [key for key, value in state_dict.items() if isinstance(value, Mapping) and "param_groups" in value]
     hint = "".join(f"; an optimizer's state dict is at {key!r}" for key in inner)
     error.add_note(f"the dict holds {', '.join(keys[:8])}{' and more' if len(keys) > 8 else ''}{hint}")
+
+
+def note_odd_entries(
+    error: Exception, state: Mapping[Any, Any], params: Mapping[Any, torch.Tensor], groups: Iterable[Mapping[str, Any]]
+) -> None:
+    """Add to an error of the optimizer's own, which names no parameter, the first one whose state it cannot have liked.
+
+    Args:
+        error: what `__setstate__` has raised.
+        state: the loaded state.
+        params: the parameters by the ids they were saved under.
+        groups: the optimizer's groups.
+    """
+    key = error.args[0] if isinstance(error, KeyError) and error.args else None
+    lacks_key = isinstance(key, str) and any(isinstance(entry, Mapping) and key in entry for entry in state.values())
+    for saved_id, param in params.items():
+        entry = state.get(param, {})
+        if not isinstance(entry, Mapping):
+            odd = describe_tensor(entry) if isinstance(entry, torch.Tensor) else _kind(entry)
+            found = f"is {odd}, not a dict"
+        elif lacks_key and entry and key not in entry:
+            found = f"has no {key!r}"
+        else:
+            continue
+        error.add_note(f"the state of {describe_parameter(param, saved_id, groups)}, {found}")
+        return
 
 
 def _kind(value: Any) -> str:

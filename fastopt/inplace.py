@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain, repeat
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.optim import Optimizer
@@ -11,10 +11,19 @@ from torch.optim import Optimizer
 from fastopt.backends import current, python
 from fastopt.backends.interface import Group
 from fastopt.casting import Cast
-from fastopt.containers import is_leaf, rebuilt
+from fastopt.containers import agree, is_leaf, rebuilt
 from fastopt.errors import OverlapError, describe_parameter, describe_tensor
 from fastopt.report import LEFT
 from fastopt.text import counted, ranges
+
+InPlace = bool | Literal["auto"]
+"""Whether held tensors are filled; `"auto"`: those that can be."""
+
+
+def check_inplace(inplace: Any) -> None:
+    """Raise a ValueError for what is no `InPlace`."""
+    if not isinstance(inplace, bool) and inplace != "auto":
+        raise ValueError(f"inplace: {inplace!r} is neither a bool nor 'auto'")
 
 
 class Place(NamedTuple):
@@ -40,19 +49,22 @@ class CastInPlace(Cast):
     """Pairs each saved tensor with the one that the optimizer holds in its place; `commit` fills all of them at once.
 
     What is no tensor becomes what it does in any load, and is copied. So does a tensor that has none to fill, where
-    `replace` allows it.
+    `replace` allows it. Tensors among the hyperparameters, as a captured graph reads its `lr` from, are filled too, by
+    numbers as well.
     """
 
     def __init__(self, optimizer: Optimizer, saved_groups: list[Group], *, replace: bool = False) -> None:
         super().__init__(optimizer, saved_groups, copy=True)
         self.backend = python  # walks the state; the bytes, nearly all of the work, are for the backend in use
         self.replace = replace
+        self.param: Any = None
+        self.saved_id: Any = None
         self.report.fate = LEFT
         self.held_state: Mapping[Any, Any] = optimizer.state
         self.held: list[torch.Tensor] = []
         self.saved: list[torch.Tensor] = []
-        self.places: list[tuple[torch.Tensor, Any, str]] = []
-        """Parameter, saved id and place within the state of each."""
+        self.places: list[tuple[torch.Tensor | None, Any, str]] = []
+        """Parameter, saved id and place within the state of each; without the two, a hyperparameter and its place."""
         self.begun: list[list[int]] = []
         """Those that have been written, by their place in the lists above; the last of these perhaps in part."""
         self.is_filled = False
@@ -98,16 +110,49 @@ class CastInPlace(Cast):
 
     def filled_or_replaced(self, held: Any, saved: torch.Tensor, place: Place) -> torch.Tensor:
         """The held tensor, noted to be filled; or a new one where there is none to fill, and `replace` allows that."""
+        filled = self.filled(held, saved, place.text)
+        if filled is None:
+            return self.tensor(self.param, saved, self.saved_id, place.key, place.state_key)
+        return filled
+
+    def group(self, index: int, group: Group, saved_group: Group) -> Group:
+        """The saved group around the tensors among the hyperparameters of the present one."""
+        self.param = self.saved_id = None
+        for key, saved in saved_group.items():
+            if key in group and key != "params":
+                saved_group[key] = self.hyperparameter(group[key], saved, f"param_groups[{index}][{key!r}]")
+        return saved_group
+
+    def hyperparameter(self, held: Any, saved: Any, place: str) -> Any:
+        """The new value of a hyperparameter, or of an item of one, as in `betas`; `saved` is our own copy."""
+        if isinstance(held, torch.Tensor):
+            # A tensor is there for a reason, as code that reads its memory later: it stays, for a number as well.
+            if is_number_for(held, saved):
+                saved = torch.full(held.shape, saved, dtype=held.dtype)
+            if isinstance(saved, torch.Tensor):
+                filled = self.filled(held, saved, place)
+                return saved if filled is None else filled
+        elif is_parallel(held, saved) and any(isinstance(item, torch.Tensor) for item in held):
+            items = enumerate(zip(held, saved, strict=True))
+            return rebuilt(saved, (self.hyperparameter(*both, f"{place}[{item}]") for item, both in items))
+        return saved
+
+    def filled(self, held: Any, saved: torch.Tensor, place: str) -> torch.Tensor | None:
+        """The held tensor, noted to be filled; None where there is none to fill, and `replace` allows that."""
         try:
-            return self.held_tensor(held, saved, place.text)
+            return self.held_tensor(held, saved, place)
         except ValueError:
             if not self.replace:
                 raise
-        self.report.replaced.append((self.saved_id, place.text))
-        return self.tensor(self.param, saved, self.saved_id, place.key, place.state_key)
+        self.report.replaced.append((self.saved_id, place))
+        return None
 
     def held_tensor(self, held: Any, saved: torch.Tensor, place: str) -> torch.Tensor:
-        """The held tensor, noted to be filled."""
+        """The held tensor, noted to be filled.
+
+        Raises:
+            ValueError: there is none that can be filled.
+        """
         was_saved = f'where {describe_tensor(saved)} was saved (inplace="auto" puts a new one there)'
         if not isinstance(held, torch.Tensor):
             raise ValueError(f"inplace: the optimizer holds no tensor at {place}, {was_saved}")
@@ -123,7 +168,7 @@ class CastInPlace(Cast):
             self.held.append(held)
             self.saved.append(saved)
             self.places.append((self.param, self.saved_id, place))
-        elif partner is not saved:
+        elif partner is not saved and not (self.param is None and agree(partner, saved)):  # an lr of several groups
             raise ValueError(f"inplace: the tensor held at {place} is held elsewhere too, where another was saved")
         return held
 
@@ -144,7 +189,8 @@ class CastInPlace(Cast):
         except OverlapError as error:
             for entry in error.entries:
                 param, saved_id, place = self.places[entry]
-                error.add_note(f"entry {entry}: {place} of {describe_parameter(param, saved_id, self.groups)}")
+                owner = f" of {describe_parameter(param, saved_id, self.groups)}" if param is not None else ""
+                error.add_note(f"entry {entry}: {place}{owner}")
             raise
 
     def note_failure(self, error: BaseException) -> None:
@@ -155,7 +201,7 @@ class CastInPlace(Cast):
         parts = [f"filled: {self.described(whole)}"]
         if not self.is_filled:
             parts.append(f"filled in part, wholly or not at all: {self.described(self.begun[-1])}")
-        tensors = counted(len(self.held), "state tensor")
+        tensors = counted(len(self.held), "tensor")
         error.add_note(f"inplace: of {tensors}, {'; '.join(parts)}. All else of the optimizer is as it was")
 
     def described(self, entries: Iterable[int]) -> str:
@@ -165,8 +211,23 @@ class CastInPlace(Cast):
         indices: dict[str, list[int]] = {}
         for entry in entries:
             param, _, place = self.places[entry]
-            indices.setdefault(place, []).append(index_of[id(param)])
-        return ", ".join(f"{p} of parameter {ranges(sorted(found))}" for p, found in indices.items()) or "none"
+            numbers = indices.setdefault(place, [])
+            if param is not None:
+                numbers.append(index_of[id(param)])
+        texts = (f"{p} of parameter {ranges(sorted(found))}" if found else p for p, found in indices.items())
+        return ", ".join(texts) or "none"
+
+
+def is_parallel(held: Any, saved: Any) -> bool:
+    """Whether two hyperparameters are tuples, or lists, of the same length."""
+    return type(held) is type(saved) and isinstance(held, tuple | list) and len(held) == len(saved)
+
+
+def is_number_for(held: torch.Tensor, saved: Any) -> bool:
+    """Whether a saved hyperparameter is a number that a held tensor can stand for."""
+    if isinstance(saved, bool) or not isinstance(saved, int | float) or held.numel() != 1:
+        return False
+    return held.is_floating_point() or isinstance(saved, int)
 
 
 def why_not_written(held: torch.Tensor, saved: torch.Tensor) -> str | None:

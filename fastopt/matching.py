@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, count
 from numbers import Integral
 from typing import Any, NamedTuple, TypeVar, cast
@@ -12,8 +13,11 @@ from torch.optim import Optimizer
 from fastopt.backends.interface import Group
 from fastopt.collector import paused_collector
 from fastopt.containers import agree
-from fastopt.errors import describe_tensor, note_wrong_arguments
+from fastopt.errors import check_bools, describe_tensor, note_wrong_arguments
+from fastopt.inspection.problems import Param, Row, tensor_rows
+from fastopt.inspection.shapes import misshapen
 from fastopt.state_dict import OWN_KEYS, StateDict, pack_group
+from fastopt.text import some
 
 Rename = Mapping[str, str] | Callable[[str], str] | Sequence[tuple[str | re.Pattern[str], str]]
 NamedParameters = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
@@ -30,6 +34,32 @@ class Saved(NamedTuple):
     group: int
 
 
+@dataclass
+class MatchReport:
+    """What did not fit in a `match`, for one with `strict=False`. Prints as a few lines."""
+
+    missing: list[str] = field(default_factory=list)
+    """Names of the optimizer's parameters that were not saved; they keep the state that they have."""
+    unexpected: list[str] = field(default_factory=list)
+    """Saved names of parameters that the optimizer has not; their state is dropped."""
+    misshapen: list[str] = field(default_factory=list)
+    """Names of parameters whose saved state is of another shape; they keep the state that they have."""
+    others: list[str] = field(default_factory=list)
+    """Hyperparameters that disagree, and whatever else did not fit."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"{what}: {some(names)}"
+            for what, names in {
+                "not saved, present state kept": self.missing,
+                "not in the optimizer, dropped": self.unexpected,
+                "saved in another shape, present state kept": self.misshapen,
+            }.items()
+            if names
+        ]
+        return "\n".join([*lines, *self.others]) or "everything fits"
+
+
 def match(
     state_dict: StateDict | Optimizer,
     optimizer: Optimizer | StateDict,
@@ -38,6 +68,7 @@ def match(
     rename: Rename | None = None,
     strict: bool = True,
     named_parameters: NamedParameters | None = None,
+    report: MatchReport | None = None,
 ) -> StateDict:
     """Make a saved state dict fit an optimizer whose parameters were reordered, regrouped, added, removed or renamed.
 
@@ -56,11 +87,13 @@ def match(
         by: what to match by; `"name"`, and nothing else so far.
         rename: new names for the saved ones: a dict, a function, or pairs of a regular expression and a replacement,
             applied in their order by `re.sub`, as `[(r"^module\\.", "")]`.
-        strict: whether a problem is an error: a parameter that only one side has, hyperparameters that disagree, state
-            under an int that is the id of no saved parameter, a key of the dict `rename` that is no saved name. If not,
-            a parameter that was not saved keeps the state that it has now, and what has no place is dropped.
+        strict: whether a problem is an error: a parameter that only one side has, state that is shaped unlike its
+            parameter where it should not be (as `check` judges it), hyperparameters that disagree, state under an int
+            that is the id of no saved parameter, a key of the dict `rename` that is no saved name. If not, a parameter
+            that was not saved, or in another shape, keeps the state that it has now, and what has no place is dropped.
         named_parameters: the names of the optimizer's parameters, as `model.named_parameters()` gives them; others may
             be among them. None: the `"param_names"` of the optimizer's groups.
+        report: is filled with what did not fit, names and texts, for `strict=False`.
 
     Returns:
         A new dict. The state of each parameter is the same object as in `state_dict` or, where it was not saved, in the
@@ -71,20 +104,25 @@ def match(
         ValueError: with `strict`, the dict does not fit; the text lists every problem.
         ValueError: a side has no names, or a name or a parameter stands twice, or `rename` makes two names one.
         ValueError: `by` is not `"name"`.
-        TypeError: `rename` is a str, or one pair instead of a sequence of them.
+        TypeError: `rename` is no dict, no function and no sequence of pairs, or makes something else than a str; or
+            `named_parameters` are no names with parameters, but a model, or its parameters.
+        re.error: a regular expression of `rename` is none; a note names the pair.
         KeyError: `"state"`, `"param_groups"` or a group's `"params"` is missing.
     """
     if by != "name":
         raise ValueError(f"match: by={by!r}; parameters are matched by 'name'")
+    check_bools(strict=strict)
     if isinstance(state_dict, Optimizer):
         state_dict, optimizer = cast(StateDict, optimizer), state_dict
     optimizer = cast(Optimizer, optimizer)
     try:
         with paused_collector():
-            result, problems = matched(state_dict, optimizer, rename, named_parameters)
+            result, found, problems = matched(state_dict, optimizer, rename, named_parameters)
     except Exception as error:
         note_wrong_arguments(error, optimizer, state_dict)
         raise
+    if report is not None:
+        vars(report).update(vars(found))
     if strict and problems:
         heading = "match: the state dict does not fit the optimizer (strict=False takes what fits):"
         raise ValueError("\n  ".join([heading, *problems]))
@@ -93,16 +131,25 @@ def match(
 
 def matched(
     state_dict: StateDict, optimizer: Optimizer, rename: Rename | None, named_parameters: NamedParameters | None
-) -> tuple[StateDict, list[str]]:
-    """The state dict that fits as far as it can, and what does not fit."""
+) -> tuple[StateDict, MatchReport, list[str]]:
+    """The state dict that fits as far as it can, what does not fit, and the same as texts that list all of it."""
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    if not isinstance(state_dict["state"], Mapping):
+        raise TypeError(f"match: 'state' is a {type(state_dict['state']).__name__}, not a dict")
     names = names_in_optimizer(groups, named_parameters)
     saved = list(saved_parameters(saved_groups))
     by_name = renamed(saved, rename)
     state, unclaimed = renumbered(state_dict["state"], optimizer, names, saved, by_name)
+    odd = kept_for_shape(state, optimizer, names, by_name)
     new_groups, disagreements = regrouped(saved_groups, groups, names, by_name)
     result = {**state_dict, "state": state, "param_groups": new_groups}
-    return result, [*differences(names, by_name), *unclaimed, *disagreements, *unused_renames(saved, rename)]
+
+    wanted = set(chain.from_iterable(names))
+    missing = [name for name in chain.from_iterable(names) if name not in by_name]
+    unexpected = [name for name in by_name if name not in wanted]
+    others = [*unclaimed, *disagreements, *unused_renames(saved, rename)]
+    report = MatchReport(missing, [by_name[name].name for name in unexpected], list(odd), others)
+    return result, report, [*differences(missing, unexpected, by_name), *misfits(odd), *others]
 
 
 # ---- names ----
@@ -131,7 +178,7 @@ def present_names(index: int, group: Group) -> list[str]:
 
 def given_names(groups: Sequence[Group], named_parameters: NamedParameters) -> list[list[str]]:
     """The names that the optimizer's parameters have among those given."""
-    pairs = list(named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters)
+    pairs = list(named_pairs(named_parameters))
     check_unique("named_parameters", [name for name, _ in pairs], [param for _, param in pairs])
     name_of = {param: name for name, param in pairs}
     nameless = [
@@ -143,6 +190,18 @@ def given_names(groups: Sequence[Group], named_parameters: NamedParameters) -> l
     if nameless:
         raise ValueError(f"match: named_parameters has no name for the optimizer's {', '.join(nameless)}")
     return [[name_of[param] for param in group["params"]] for group in groups]
+
+
+def named_pairs(named_parameters: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and parameters, as they were given."""
+    pass_these = "pass model.named_parameters()"
+    if isinstance(named_parameters, torch.nn.Module) or not isinstance(named_parameters, Iterable):
+        raise TypeError(f"match: named_parameters is a {type(named_parameters).__name__}; {pass_these}")
+    for pair in named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
+            kind = type(pair).__name__
+            raise TypeError(f"match: named_parameters holds a {kind} that is no pair (name, parameter); {pass_these}")
+        yield pair[0], pair[1]
 
 
 def saved_parameters(saved_groups: Sequence[Group]) -> Iterator[Saved]:
@@ -178,10 +237,23 @@ def renamed(saved: Sequence[Saved], rename: Rename | None) -> dict[str, Saved]:
     """The saved parameters by their new names."""
     names = [one.name for one in saved]
     check_unique("the saved groups", names, [one.id for one in saved])
-    new_names = list(map(renaming(rename), names))
+    new_names = list(new_names_of(names, renaming(rename)))
     if clash := first_clash(new_names, names):
         raise ValueError("match: rename makes {!r} of both {!r} and {!r}".format(*clash))
     return dict(zip(new_names, saved, strict=True))
+
+
+def new_names_of(names: Iterable[str], new_name_of: Callable[[str], str]) -> Iterator[str]:
+    """The new name of each; errors say which was the old one."""
+    for name in names:
+        try:
+            new_name = new_name_of(name)
+        except Exception as error:
+            error.add_note(f"match: while renaming {name!r}")
+            raise
+        if not isinstance(new_name, str):
+            raise TypeError(f"match: rename makes {new_name!r} of {name!r}, which is no str")
+        yield new_name
 
 
 def renaming(rename: Rename | None) -> Callable[[str], str]:
@@ -192,16 +264,33 @@ def renaming(rename: Rename | None) -> Callable[[str], str]:
         return lambda name: rename.get(name, name)
     if callable(rename):
         return rename
-    if any(isinstance(pair, str) for pair in rename):
-        raise TypeError(f"match: rename={rename!r} is no sequence of pairs (regular expression, replacement)")
-    patterns = [(re.compile(pattern), replacement) for pattern, replacement in rename]
+    if not isinstance(rename, Iterable) or isinstance(rename, str) or any(isinstance(pair, str) for pair in rename):
+        raise TypeError(
+            f"match: rename={rename!r} is no sequence of pairs (regular expression, replacement), dict or function"
+        )
+    patterns = list(map(compiled, rename))
 
     def substituted(name: str) -> str:
         for pattern, replacement in patterns:
-            name = pattern.sub(replacement, name)
+            try:
+                name = pattern.sub(replacement, name)
+            except re.error as error:
+                error.add_note(f"match: in the pair {(pattern.pattern, replacement)!r} of rename")
+                raise
         return name
 
     return substituted
+
+
+def compiled(pair: Any) -> tuple[re.Pattern[str], str]:
+    """A pair of `rename`, ready for use."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"match: {pair!r} in rename is no pair (regular expression, replacement)")
+    try:
+        return re.compile(pair[0]), pair[1]
+    except (re.error, TypeError) as error:
+        error.add_note(f"match: in the pair {tuple(pair)!r} of rename")
+        raise
 
 
 def check_unique(place: str, names: Sequence[str], params: Sequence[Any]) -> None:
@@ -251,6 +340,23 @@ def renumbered(
     return state, [f"state under ids that stand in no saved group: {listed(unexpected)}"] if unexpected else []
 
 
+def kept_for_shape(
+    state: dict[Any, Any], optimizer: Optimizer, names: list[list[str]], by_name: Mapping[str, Saved]
+) -> dict[str, list[Row]]:
+    """Give parameters whose saved state is shaped unlike them the state that they have; that saved state, by name."""
+    everyone = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    named = enumerate(zip(chain.from_iterable(names), everyone, strict=True))
+    params = {i: Param(param, name) for i, (name, param) in named if name in by_name and i in state}
+    odd: dict[str, list[Row]] = {}
+    for row, param in misshapen(optimizer, tensor_rows({index: state[index] for index in params}, params)):
+        odd.setdefault(params[row.saved_id].label, []).append(row)
+        if param in optimizer.state:
+            state[row.saved_id] = optimizer.state[param]
+        else:
+            state.pop(row.saved_id, None)
+    return odd
+
+
 def regrouped(
     saved_groups: Sequence[Group], groups: Sequence[Group], names: list[list[str]], by_name: Mapping[str, Saved]
 ) -> tuple[list[Group], list[str]]:
@@ -292,17 +398,22 @@ def claims(key: str, origins: Mapping[int, Group]) -> Iterator[str]:
 # ---- problems ----
 
 
-def differences(names: list[list[str]], by_name: Mapping[str, Saved]) -> Iterator[str]:
+def differences(missing: Sequence[str], unexpected: Sequence[str], by_name: Mapping[str, Saved]) -> Iterator[str]:
     """What only one side has."""
-    wanted = set(chain.from_iterable(names))
-    missing = [name for name in chain.from_iterable(names) if name not in by_name]
-    unexpected = [name for name in by_name if name not in wanted]
     if missing:
         yield f"in the optimizer, but not in the state dict: {listed(missing)}"
     if unexpected:
         origins = ((name, by_name[name].name) for name in unexpected)
         labels = (repr(new) if new == old else f"{new!r} (saved as {old!r})" for new, old in origins)
         yield f"in the state dict, but not in the optimizer: {', '.join(labels)}"
+
+
+def misfits(odd: Mapping[str, Sequence[Row]]) -> Iterator[str]:
+    """What is shaped unlike its parameter."""
+    for name, rows in odd.items():
+        shapes = ", ".join(f"{row.place.path} {list(row.value.shape)}" for row in rows)
+        shape = next(list(row.param.tensor.shape) for row in rows if row.param)
+        yield f"shaped unlike their parameter {name!r} {shape}: {shapes}"
 
 
 def unused_renames(saved: Sequence[Saved], rename: Rename | None) -> Iterator[str]:

@@ -15,6 +15,7 @@ import torch
 from torch.optim import Optimizer
 
 from fastopt.casting import Cast
+from fastopt.errors import check_bools
 from fastopt.state_dict import load
 from fastopt.state_dict import state_dict as fast_state_dict
 
@@ -89,6 +90,8 @@ def installed(*, copy: bool = False) -> Iterator[None]:
 
 def _set(wanted: _Installed | None) -> None:
     global _installed
+    if wanted is not None:
+        check_bools(copy=wanted.copy)
     with _lock:
         for name in METHODS:
             method = getattr(Optimizer, name)

@@ -103,8 +103,7 @@ def saving_policy(dtype: DTypes | None, device: str | int | torch.device = "keep
             `policy` of `load_state_dict`; keys that it does not fit keep theirs.
         device: for all state.
     """
-    dtypes: Mapping[str, str | torch.dtype]
-    dtypes = dtype if isinstance(dtype, Mapping) else {"*": "keep" if dtype is None else dtype}
+    dtypes = by_pattern("dtype", {} if dtype is None else dtype, checked_dtype)
     policy = Policy({"step": "keep", **dtypes, "*": dtypes.get("*", "keep")}, {"*": device, "step": device})
     if "step" not in dtypes:
         policy.used.add("step")  # nobody has misspelled it
@@ -114,7 +113,7 @@ def saving_policy(dtype: DTypes | None, device: str | int | torch.device = "keep
 def by_pattern(option: str, given: Any, checked: Callable[[str, Any], Any]) -> dict[str, Any]:
     """Pattern -> checked rule; one rule for all where no mapping was given."""
     if not isinstance(given, Mapping):
-        given = {"*": given}
+        return {"*": checked(option, given)}
     for pattern in given:
         if not isinstance(pattern, str):
             raise TypeError(f"{option}: the pattern {pattern!r} is a {type(pattern).__name__}, not a str")
@@ -129,6 +128,8 @@ def checked_dtype(option: str, value: Any) -> str | torch.dtype:
         return value
     if not isinstance(value, str):
         raise TypeError(f"{option}: {value!r} is a {type(value).__name__}, not a torch.dtype or a str")
+    if value not in DTYPE_RULES and isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype):
+        raise ValueError(f"{option}: {value!r} is a str; pass torch.{value.removeprefix('torch.')}")
     if value not in DTYPE_RULES:
         raise ValueError(f"{option}: {value!r} is none of {', '.join(map(repr, DTYPE_RULES))}, and no torch.dtype")
     return value

@@ -6,6 +6,7 @@ from torch.optim import Optimizer
 
 from fastopt.casting import Cast
 from fastopt.collector import paused_collector
+from fastopt.errors import check_bools, optimizer_noted
 from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import LEFT, LoadReport
 from fastopt.state_dict import id_map, packed
@@ -32,10 +33,10 @@ def to_device(optimizer: Optimizer, device: Devices = "param") -> LoadReport:
 
     After an error the optimizer is as it was.
     """
-    return recast(optimizer, Policy("keep", device))
+    return recast(optimizer, Policy("keep", device), "device")
 
 
-def cast_state(optimizer: Optimizer, policy: DTypes) -> LoadReport:
+def cast_state(optimizer: Optimizer, policy: DTypes, *, audit: bool = False) -> LoadReport:
     """Cast an optimizer's state, all tensors in one batch; the devices stay.
 
     Args:
@@ -44,6 +45,7 @@ def cast_state(optimizer: Optimizer, policy: DTypes) -> LoadReport:
             dtype for floating state, or a dict by key of a parameter's state, as `policy` of `load_state_dict` has it.
             `step` becomes float32 on its parameter's device in groups that are `capturable` or `fused` and else stays,
             unless the dict names it.
+        audit: whether the casts are looked at, as in `load_state_dict`: what overflows, underflows, is rounded away.
 
     Returns:
         What was cast; tensors that need no cast stay the same objects, and count as shared.
@@ -54,16 +56,17 @@ def cast_state(optimizer: Optimizer, policy: DTypes) -> LoadReport:
 
     After an error the optimizer is as it was.
     """
-    return recast(optimizer, Policy(policy, "keep"))
+    check_bools(audit=audit)
+    return recast(optimizer, Policy(policy, "keep"), "policy", audit)
 
 
-def recast(optimizer: Optimizer, policy: Policy) -> LoadReport:
-    """Give the optimizer's state the dtypes and devices of a policy."""
+def recast(optimizer: Optimizer, policy: Policy, option: str, audit: bool = False) -> LoadReport:
+    """Give the optimizer's state the dtypes and devices of a policy, which was given as `option`."""
     started = time.perf_counter()
-    with paused_collector():
+    with paused_collector(), optimizer_noted(optimizer):
         live = packed(optimizer)
-        cast = Cast(optimizer, live["param_groups"], copy=False, policy=policy)
-        cast.report.recast, cast.report.fate = True, LEFT
+        cast = Cast(optimizer, live["param_groups"], copy=False, policy=policy, audit=audit)
+        cast.doing, cast.report.done, cast.report.fate, cast.report.options = "recasting", "recast", LEFT, option
         state = cast.cast_state(live["state"], id_map(live["param_groups"], optimizer.param_groups))
         if cast.report.emptied:
             raise ValueError(f"{cast.report.emptied} tensors would go to the meta device, which holds no values")

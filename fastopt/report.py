@@ -45,25 +45,30 @@ class LoadReport:
     """Tensors that needed no cast and stay the objects that they are: of the dict, as `copy=False` allows and
     `donate=True` asks, or of the optimizer itself."""
     filled: int = 0
-    """Tensors of the optimizer's own that were filled, as `inplace=True` asks."""
+    """Tensors of the optimizer's own that were filled, as `inplace=True` asks; those of hyperparameters included."""
     missing: list[int] = field(default_factory=list)
     """Indices of the optimizer's parameters for which the dict holds no state."""
     unexpected: list[Any] = field(default_factory=list)
     """Keys of the saved state that belong to no parameter; they are kept, as torch keeps them."""
+    renamed: list[tuple[int, str, str]] = field(default_factory=list)
+    """Index, name and saved name of each parameter that was saved under another name: a load goes by place."""
     unused_patterns: list[str] = field(default_factory=list)
     """Keys and patterns of `policy` and `device` that fitted no key of the state."""
     replaced: list[tuple[Any, str]] = field(default_factory=list)
-    """Saved id and place of each tensor that `inplace="auto"` could not fill, and put a new one there."""
+    """Saved id and place of each tensor that `inplace="auto"` could not fill, and put a new one there; of tensors among
+    the hyperparameters None and the place."""
     audit: dict[tuple[Any, torch.dtype, torch.dtype], AuditCount] | None = None
     """What casts did to values, as `audit=True` asks: by state key, saved and final dtype."""
     unaudited: int = 0
     """Tensors that `audit=True` could not look at: complex, sparse, on the meta device, of classes of their own."""
-    fate: str = SHARED
-    """How it prints what is `shared`."""
-    recast: bool = False
-    """Whether the state was the optimizer's own, as in `to_device` and `cast_state`."""
     emptied: int = 0
     """Tensors whose values are gone, as they went to the meta device."""
+    done: str = field(default="loaded", repr=False)
+    """How it prints what was done: `"recast"` in `to_device` and `cast_state`, `"copied"` in `snapshot`."""
+    fate: str = field(default=SHARED, repr=False)
+    """How it prints what is `shared`."""
+    options: str = field(default="policy or device", repr=False)
+    """How it prints where `unused_patterns` were given."""
 
     @property
     def tensors(self) -> int:
@@ -97,9 +102,8 @@ class LoadReport:
     def __str__(self) -> str:
         moved = self.bytes_read + self.bytes_written
         rate = f", {size(moved / self.seconds)}/s" if moved >= ENOUGH_FOR_A_RATE and self.seconds else ""
-        done = "recast" if self.recast else "loaded"
         lines = [
-            f"{done} {counted(self.tensors, 'tensor')} in {duration(self.seconds)} ({self.backend}): "
+            f"{self.done} {counted(self.tensors, 'tensor')} in {duration(self.seconds)} ({self.backend}): "
             f"read {size(self.bytes_read)}, wrote {size(self.bytes_written)}{rate}"
         ]
         for (source, target), count in self.casts.items():
@@ -112,17 +116,26 @@ class LoadReport:
         if self.filled:
             lines.append(f"  filled {self.filled:,} in place")
         if self.replaced:
-            places = [f"{place} of id {saved_id!r}" for saved_id, place in self.replaced[:SHOWN]]
+            places = [
+                f"{place} of id {saved_id!r}" if place.startswith("state") else place
+                for saved_id, place in self.replaced[:SHOWN]
+            ]
             lines.append(
                 f"  replaced {len(self.replaced):,}, which had nothing to fill: {listed(places, len(self.replaced))}"
             )
         if self.missing:
             indices = "index" if len(self.missing) == 1 else "indices"
             lines.append(f"  no state for {counted(len(self.missing), 'parameter')}: {indices} {some(self.missing)}")
+        if self.renamed:
+            names = [f"{index} {own!r} was {saved!r}" for index, own, saved in self.renamed[:SHOWN]]
+            lines.append(
+                f"  loaded by place, {counted(len(self.renamed), 'parameter')} of other names: "
+                f"{listed(names, len(self.renamed))}"
+            )
         if self.unexpected:
             lines.append(f"  state of no parameter, kept: {some(self.unexpected)}")
         if self.unused_patterns:
-            lines.append(f"  no key of the state fits {some(self.unused_patterns)}, given in policy or device")
+            lines.append(f"  no key of the state fits {some(self.unused_patterns)}, given in {self.options}")
         if self.emptied:
             lines.append(f"  values lost to the meta device: {counted(self.emptied, 'tensor')}")
         for (state_key, source, target), seen in (self.audit or {}).items():

@@ -1,6 +1,7 @@
 """Copies of an optimizer's state that training does not touch."""
 
 import os
+import time
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,9 @@ from fastopt.backends.interface import Group
 from fastopt.casting import Cast
 from fastopt.collector import paused_collector
 from fastopt.containers import tensors_of
+from fastopt.errors import check_bools
 from fastopt.files import torch_file
-from fastopt.inplace import CastInPlace
+from fastopt.inplace import CastInPlace, InPlace, check_inplace
 from fastopt.policy import DTypes, Policy, saving_policy
 from fastopt.report import LoadReport
 from fastopt.state_dict import StateDict, deepcopied, id_map, load, state_dict
@@ -41,21 +43,25 @@ class Snapshot:
         state = {index: dict(value) if type(value) is dict else value for index, value in self._copied["state"].items()}
         return {**self._copied, "state": state, "param_groups": [dict(group) for group in self._copied["param_groups"]]}
 
-    def restore(self, *, inplace: bool = False) -> LoadReport:
+    def restore(self, *, inplace: InPlace = False) -> LoadReport:
         """Bring the optimizer back to this state, hyperparameters included, as often as wanted.
 
         Every tensor gets the dtype and the device that it had, whatever those of its parameter are. The hooks of
         loading run.
 
         Args:
-            inplace: whether the values go into the tensors that the optimizer holds now, as in `load_state_dict`.
+            inplace: whether the values go into the tensors that the optimizer holds now, as in `load_state_dict`;
+                `"auto"`: where there is one of the shape.
 
         Raises:
-            ValueError: the optimizer's groups are other ones by now; or, with `inplace`, it holds no tensor of the
+            ValueError: the optimizer's groups are other ones by now; or, with `inplace=True`, it holds no tensor of the
                 shape in a tensor's place. The optimizer is as it was then.
+            ValueError: `inplace` is neither a bool nor `"auto"`.
         """
+        check_inplace(inplace)
         if inplace:
-            return load(self._optimizer, self.state_dict(), CastInPlace)
+            fill = partial(FillBack, replace=inplace == "auto", origins=self._origins)
+            return load(self._optimizer, self.state_dict(), fill)
         if self._origins:
             return load(self._optimizer, self.state_dict(), partial(CastBack, origins=self._origins))
         keep = {"*": "keep", "step": "keep"}
@@ -74,7 +80,7 @@ class Snapshot:
 
 
 def snapshot(
-    optimizer: Optimizer, *, device: torch.device | str | int = "cpu", dtype: DTypes | None = None
+    optimizer: Optimizer, *, device: torch.device | str | int = "cpu", dtype: DTypes | None = None, audit: bool = False
 ) -> Snapshot:
     """Copy the state of an optimizer, all tensors in one batch, so that training may go on.
 
@@ -83,6 +89,7 @@ def snapshot(
         device: the device of the copies, or `"keep"` for the one that each tensor is on.
         dtype: a floating dtype for the copies of floating state other than `step`; None keeps the dtypes. Or a dict by
             key, as the `policy` of `load_state_dict`; keys that it does not fit keep theirs.
+        audit: whether the casts are looked at, as in `load_state_dict`; the snapshot's `report` has what is found.
 
     Returns:
         A snapshot that shares no memory with the optimizer.
@@ -92,17 +99,21 @@ def snapshot(
     """
     if device != "keep" and torch.device(device).type == "meta":
         raise ValueError("snapshot: tensors on the meta device have no values, and could not be restored")
+    check_bools(audit=audit)
+    started = time.perf_counter()
     policy = saving_policy(dtype, device)
     live = state_dict(optimizer)
     with paused_collector():
         saved_groups = deepcopied(live["param_groups"])
         params = id_map(saved_groups, optimizer.param_groups)
-        cast = Cast(optimizer, saved_groups, copy=True, policy=policy)
+        cast = Cast(optimizer, saved_groups, copy=True, policy=policy, audit=audit)
+        cast.doing, cast.report.done, cast.report.options = "copying", "copied", "dtype"
         state = cast.cast_state(live["state"], params)
         cast.report.unused_patterns = policy.unused()
         copied = {key: value if key in ("state", "param_groups") else cast.keep(value) for key, value in live.items()}
         copied["state"] = {index: state[params.get(index, index)] for index in live["state"]}
         copied["param_groups"] = saved_groups
+        cast.report.seconds = time.perf_counter() - started
         return Snapshot(optimizer, copied, origins_of(live["state"], copied["state"]), cast.report)
 
 
@@ -116,8 +127,25 @@ class CastBack(Cast):
 
     def tensor(self, param: torch.Tensor, value: torch.Tensor, saved_id: Any, key: Any, state_key: Any) -> torch.Tensor:
         """A copy like the original."""
-        dtype, device = self.origins.get(id(value), (value.dtype, value.device))
-        return self.to(value, {"dtype": dtype, "device": device})
+        return self.to(value, original(value, self.origins))
+
+
+class FillBack(CastInPlace):
+    """Fills the tensors that are there, and gives the others the dtypes and devices of their originals."""
+
+    def __init__(self, optimizer: Optimizer, saved_groups: list[Group], *, replace: bool, origins: Origins) -> None:
+        super().__init__(optimizer, saved_groups, replace=replace)
+        self.origins = origins
+
+    def tensor(self, param: torch.Tensor, value: torch.Tensor, saved_id: Any, key: Any, state_key: Any) -> torch.Tensor:
+        """A copy like the original."""
+        return self.to(value, original(value, self.origins))
+
+
+def original(copy: torch.Tensor, origins: Origins) -> dict[str, Any]:
+    """The arguments of `copy.to()` for a tensor like the original."""
+    dtype, device = origins.get(id(copy), (copy.dtype, copy.device))
+    return {"dtype": dtype, "device": device}
 
 
 def origins_of(state: Any, copies: Any) -> Origins:

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -23,8 +23,8 @@ from fastopt.backends.interface import Group, State
 from fastopt.casting import Cast
 from fastopt.collector import paused_collector
 from fastopt.donation import CastDonated
-from fastopt.errors import note_wrong_arguments
-from fastopt.inplace import CastInPlace
+from fastopt.errors import check_bools, note_odd_entries, note_wrong_arguments, optimizer_noted
+from fastopt.inplace import CastInPlace, InPlace, check_inplace
 from fastopt.policy import Devices, DTypes, Policy
 from fastopt.report import LoadReport
 
@@ -47,7 +47,9 @@ def state_dict(optimizer: Optimizer) -> StateDict:
     Raises:
         KeyError: the state has a tensor for a key that stands in no group.
     """
-    for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
+    with optimizer_noted(optimizer):
+        pre_hooks = optimizer._optimizer_state_dict_pre_hooks
+    for pre_hook in pre_hooks.values():
         pre_hook(optimizer)
 
     result = packed(optimizer)
@@ -81,7 +83,7 @@ def load_state_dict(
     copy: bool = True,
     policy: DTypes | None = None,
     device: Devices = "param",
-    inplace: bool | Literal["auto"] = False,
+    inplace: InPlace = False,
     donate: bool = False,
     audit: bool = False,
 ) -> LoadReport:
@@ -105,8 +107,9 @@ def load_state_dict(
             on. Or a device, or a dict of these as for `policy`.
         inplace: whether the values go into the tensors that the optimizer already holds, which stay the objects, and in
             the memory, that they are; each keeps its dtype and device. Nothing is allocated, and nothing is shared.
-            `"auto"`: a saved tensor that finds none of its shape in its place is loaded as ever, copied; the report
-            lists such places in `replaced`.
+            So do tensors among the hyperparameters, as a tensor `lr`, where a tensor of their shape or a number was
+            saved; a held number becomes what was saved. `"auto"`: a saved tensor that finds none of its shape in its
+            place is loaded as ever, copied; the report lists such places in `replaced`.
         donate: whether the dict is given away. Its state is released while it is cast, so that inputs and outputs are
             never in memory both: 32 MiB at a time, and the tensors of a larger parameter in parts (with the Python
             backend, and for what takes rules of Python, one parameter's as a whole). What somebody else holds, or is in
@@ -125,6 +128,7 @@ def load_state_dict(
         ValueError: `policy` has no such rule, or a dtype that is not floating; or `policy` or `device` is given with
             `inplace`, where each tensor has its dtype and device already.
         ValueError: `donate` or `audit` is given with `inplace`.
+        TypeError: `copy`, `donate` or `audit` is no bool.
         ValueError: with `inplace`, the optimizer holds no tensor of the shape in a saved tensor's place, or two places
             hold overlapping ones (with `"auto"` overlapping ones alone).
         Exception: whatever torch raises for a value that it cannot cast, with a note that names parameter and key.
@@ -157,7 +161,7 @@ def cast_by(
     state_dict: StateDict,
     copy: bool,
     policy: Policy,
-    inplace: bool | Literal["auto"],
+    inplace: InPlace,
     donate: bool,
     audit: bool,
     reads_files: bool = False,
@@ -166,8 +170,8 @@ def cast_by(
 
     `reads_files`: whether the state has just been read, and nobody has written to it since.
     """
-    if not isinstance(inplace, bool) and inplace != "auto":
-        raise ValueError(f"inplace: {inplace!r} is neither a bool nor 'auto'")
+    check_inplace(inplace)
+    check_bools(copy=copy, donate=donate, audit=audit)
     if inplace and not policy.is_reference:
         raise ValueError("inplace: the tensors to fill have their dtypes and devices; there is nothing to choose")
     if inplace and donate:
@@ -200,9 +204,17 @@ def load(optimizer: Optimizer, state_dict: StateDict, make_cast: MakeCast) -> Lo
         state = cast.cast_state(cast.saved_state(state_dict), params)
         cast.report.unused_patterns = cast.policy.unused()
         cast.report.missing = missing_indices(state, groups, len(cast.report.unexpected))
+        cast.report.renamed = other_names(groups, saved_groups)
 
-        new_groups = [update_group(group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
-        commit(optimizer, cast, {"state": state, "param_groups": new_groups})
+        new_groups = [
+            update_group(group, cast.group(index, group, saved))
+            for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True))
+        ]
+        try:
+            commit(optimizer, cast, {"state": state, "param_groups": new_groups})
+        except Exception as error:
+            note_odd_entries(error, state, params, groups)
+            raise
 
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
@@ -267,6 +279,22 @@ def id_map(saved_groups: Sequence[Group], groups: Sequence[Group]) -> dict[Any, 
         odd = [(index, key) for index, ids in enumerate(saved_lists) for key in ids if not isinstance(key, Hashable)]
         error.add_note("".join(f"saved id {key!r} in param group {index}" for index, key in odd[:1]))
         raise
+
+
+def other_names(groups: Sequence[Group], saved_groups: Sequence[Group]) -> list[tuple[int, str, str]]:
+    """Index, name and saved name of each parameter that was saved under another name, where both sides have names.
+
+    torch goes by place and takes the saved names over, so that nothing tells of it afterwards.
+    """
+    found: list[tuple[int, str, str]] = []
+    first = 0
+    for group, saved in zip(groups, saved_groups, strict=True):
+        names, saved_names = group.get("param_names"), saved.get("param_names")
+        if isinstance(names, list) and isinstance(saved_names, list) and names != saved_names:
+            pairs = enumerate(zip(names, saved_names, strict=False), first)
+            found += [(index, name, saved_name) for index, (name, saved_name) in pairs if name != saved_name]
+        first += len(group["params"])
+    return found
 
 
 def update_group(group: Group, saved_group: Group) -> Group:

@@ -92,7 +92,7 @@ def values():
 
 
 NOTE = re.compile(
-    r"inplace: of (\d+) state tensors?, filled: (.*?)(?:; filled in part, wholly or not at all: (.*))?"
+    r"inplace: of (\d+) tensors?, filled: (.*?)(?:; filled in part, wholly or not at all: (.*))?"
     r"\. All else of the optimizer is as it was"
 )
 

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastopt
 from tests.oracle import (
+    TORCH_STATE_DICT,
     Bare,
     Comparison,
     adam,
@@ -153,6 +154,39 @@ def test_what_is_no_state_dict_is_named(state_dict, note, copy):
     assert error.__notes__ == [note]
 
 
+def without(key):
+    def changed(state):
+        del state[1][key]
+        return state
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        (lambda state: state | {1: None}, "is None, not a dict"),
+        (lambda state: state | {1: torch.ones(2)}, "is float32 [2] on cpu, not a dict"),
+        (lambda state: state | {1: 3}, "is an int, not a dict"),
+        (without("step"), "has no 'step'"),
+    ],
+)
+@pytest.mark.parametrize("inplace", [False, "auto"])
+def test_an_entry_that_the_optimizer_itself_refuses_names_its_parameter(changed, found, inplace):
+    def make():
+        return torch.optim.AdamW([("a", parameter(3, 4)), ("b", parameter(2))])
+
+    state_dict = change(state=changed)()
+    state_dict["param_groups"] = TORCH_STATE_DICT(make())["param_groups"]
+    actual, expected = make(), make()
+    before = fingerprint(actual)
+    _, error = outcome(lambda: fastopt.load_state_dict(actual, state_dict, inplace=inplace))
+    _, torchs = outcome(lambda: torch_load(expected, state_dict, copy=True))
+    assert_same_error(error, torchs)
+    assert f"the state of parameter 1 'b' (float32 [2] on cpu), saved under id 1, {found}" in error.__notes__
+    assert fingerprint(actual) == before
+
+
 @pytest.mark.parametrize(
     ("state_dict", "note"),
     [
@@ -202,6 +236,72 @@ def test_swapped_arguments_are_named(copy):
 def test_a_model_in_place_of_its_optimizer_is_named(copy):
     _, error = outcome(lambda: fastopt.load_state_dict(torch.nn.Linear(2, 2), saved(), copy=copy))
     assert error.__notes__ == ["optimizer is a Linear, not a torch.optim.Optimizer"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        fastopt.state_dict,
+        fastopt.to_device,
+        lambda optimizer: fastopt.cast_state(optimizer, "reference"),
+        fastopt.snapshot,
+        lambda optimizer: fastopt.save(optimizer, "never.pt"),
+    ],
+    ids=["state_dict", "to_device", "cast_state", "snapshot", "save"],
+)
+def test_what_is_no_optimizer_is_named_everywhere(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for wrong, kind in ((torch.nn.Linear(2, 2), "a Linear"), (saved(), "a dict"), (None, "None")):
+        with pytest.raises(AttributeError) as caught:
+            call(wrong)
+        assert caught.value.__notes__ == [f"optimizer is {kind}, not a torch.optim.Optimizer"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("value", "kind"), [("no", "a str"), (1, "an int"), (None, "None")])
+def test_an_option_that_is_no_bool_is_refused_and_nothing_changes(value, kind):
+    optimizer, state_dict = trained(adam()), saved()
+    before = fingerprint(optimizer), fingerprint(state_dict)
+    method = torch.optim.Optimizer.load_state_dict
+    for option, call in (
+        ("copy", lambda: fastopt.load_state_dict(optimizer, state_dict, copy=value)),
+        ("donate", lambda: fastopt.load_state_dict(optimizer, state_dict, donate=value)),
+        ("audit", lambda: fastopt.load_state_dict(optimizer, state_dict, audit=value)),
+        ("strict", lambda: fastopt.match(state_dict, optimizer, strict=value)),
+        ("shapes", lambda: fastopt.check(optimizer, state_dict, shapes=value)),
+        ("finite", lambda: fastopt.check(optimizer, state_dict, finite=value)),
+        ("values", lambda: fastopt.summary(optimizer, values=value)),
+        ("audit", lambda: fastopt.cast_state(optimizer, "reference", audit=value)),
+        ("audit", lambda: fastopt.snapshot(optimizer, audit=value)),
+        ("copy", lambda: fastopt.install(copy=value)),
+        ("copy", lambda: fastopt.installed(copy=value).__enter__()),
+        ("copy", lambda: fastopt.to([torch.ones(2)], copy=value)),
+        ("non_blocking", lambda: fastopt.copy_([torch.ones(2)], [torch.ones(2)], non_blocking=value)),
+    ):
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert str(caught.value) == f"{option}: {value!r} is {kind}, not a bool"
+    assert (fingerprint(optimizer), fingerprint(state_dict)) == before
+    assert torch.optim.Optimizer.load_state_dict is method
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("state that is a list", "'state' is a list, not a dict"),
+        ("state that is a tensor", "'state' is a Tensor, not a dict"),
+        ("groups that are a dict", "'param_groups' is a dict, not a list"),
+    ],
+)
+def test_state_and_groups_of_other_kinds_are_named(name, note, copy):
+    assert note in load_both(lambda: trained(adam()), BAD[name](), copy).__notes__
+
+
+@pytest.mark.parametrize("call", [fastopt.summary, lambda model: fastopt.diff(model, adam())])
+def test_a_model_is_no_state(call):
+    with pytest.raises(TypeError) as caught:
+        call(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    assert str(caught.value) == "state is a Sequential, neither an optimizer nor a state dict"
 
 
 def test_an_error_with_right_arguments_gets_no_note_about_them(copy):

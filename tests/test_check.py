@@ -5,11 +5,12 @@ import random
 import time
 import warnings
 
+import numpy
 import pytest
 import torch
 
 import fastopt
-from fastopt.inspection.check import SHAPED_BY_RULE
+from fastopt.inspection.shapes import SHAPED_BY_RULE
 from tests.loads import saved
 from tests.oracle import TORCH_STATE_DICT, Bare, adam, fingerprint, parameter, torch_load, train, trained
 
@@ -101,9 +102,12 @@ def test_what_the_optimizer_holds_now_decides():
     optimizer.state[first] = {"m": torch.zeros(3, 4), "row": torch.zeros(3)}
     optimizer.state[second] = {"m": torch.zeros(5), "row": torch.zeros(5)}
     good = saved({0: {"m": torch.zeros(3, 4), "row": torch.zeros(3)}, 1: {"m": torch.zeros(5)}}, (0, 1))
+    assert places(fastopt.check(optimizer, good)) == {("structure", 1, "row")}
+    good["state"][1]["row"] = torch.zeros(5)
     assert fastopt.check(optimizer, good) == []
     bad = saved({0: {"m": torch.zeros(4, 3), "row": torch.zeros(7)}, 1: {"row": torch.zeros(7)}}, (0, 1))
-    assert places(fastopt.check(optimizer, bad)) == {("shape", 0, "m"), ("shape", 1, "row")}
+    wanted = {("structure", 1, "m"), ("shape", 0, "m"), ("shape", 1, "row")}
+    assert places(fastopt.check(optimizer, bad)) == wanted
 
 
 def test_of_an_unknown_optimizer_most_of_the_state_decides():
@@ -151,6 +155,7 @@ def test_every_problem_of_the_structure_is_listed():
         "structure: saved id 0 stands twice in the groups",
         "structure: saved id [1] in param group 0 is not hashable",
         "structure: state under id 7, which stands in no group",
+        "structure: parameter 2, saved under id 2: its state is float32 [1] on cpu, not a dict",
     ]
 
 
@@ -354,3 +359,317 @@ def test_an_iterator_is_not_used_up():
     items = iter([1, 2])
     fastopt.check(Bare([parameter(2)]), saved({0: {"m": items}}), finite=True)
     assert list(items) == [1, 2]
+
+
+# ---- names ----
+
+
+def named(*names, saved_as=None, **state):
+    """An optimizer of parameters of one shape, and a dict for it whose parameters have names of their own."""
+    optimizer = torch.optim.SGD([(name, parameter(2)) for name in names], lr=0.1)
+    state_dict = TORCH_STATE_DICT(optimizer)
+    if saved_as is not None:
+        state_dict["param_groups"][0]["param_names"] = list(saved_as)
+    return optimizer, state_dict
+
+
+@pytest.mark.parametrize(
+    ("saved_as", "text"),
+    [
+        ("ba", "names: parameter 0 'a' was 'b', parameter 1 'b' was 'a'; the same names in other places. A load"),
+        ("ac", "names: parameter 1 'b' was 'c'; only saved: 'c'; only in the optimizer: 'b'. A load goes by place; "),
+    ],
+)
+def test_other_names_are_found_where_every_shape_fits(saved_as, text):
+    optimizer, state_dict = named("a", "b", saved_as=saved_as)
+    [problem] = fastopt.check(optimizer, state_dict)
+    assert problem.kind == "names"
+    assert str(problem).startswith(text)
+    assert str(problem).endswith("fastopt.match goes by names")
+    torch_load(optimizer, state_dict, copy=True)  # without a word, and takes the names over
+
+
+def test_names_in_other_groups_are_found():
+    optimizer = torch.optim.SGD([{"params": [("a", parameter(2))]}, {"params": [("b", parameter(2))]}], lr=0.1)
+    state_dict = state_of(torch.optim.SGD([("b", parameter(2)), ("a", parameter(2))], lr=0.1))
+    assert texts(fastopt.check(optimizer, state_dict), "names") == [
+        "names: the same names in other places. A load goes by place; fastopt.match goes by names"
+    ]
+
+
+def test_names_of_one_side_alone_and_the_same_ones_are_no_problem():
+    optimizer, state_dict = named("a", "b")
+    assert fastopt.check(optimizer, state_dict) == []
+    del state_dict["param_groups"][0]["param_names"]
+    assert fastopt.check(optimizer, state_dict) == []
+    optimizer, state_dict = named("a", "b", saved_as="ba")
+    assert fastopt.check(torch.optim.SGD([parameter(2), parameter(2)], lr=0.1), state_dict) == []
+    assert fastopt.check(optimizer, fastopt.match(state_dict, optimizer)) == []
+
+
+def test_thousands_of_other_names_are_one_short_line():
+    names = [f"layer.{index}" for index in range(5000)]
+    optimizer, state_dict = named(*names, saved_as=[f"module.{name}" for name in names])
+    started = time.perf_counter()
+    [problem] = fastopt.check(optimizer, state_dict)
+    assert time.perf_counter() - started < 5
+    assert len(str(problem)) < 700
+    assert "and 4,995 more" in str(problem)
+
+
+# ---- entries ----
+
+Sequential = torch.nn.Sequential
+
+
+def of_layers(make=torch.optim.AdamW, **options):
+    """An optimizer of two layers, a matrix and a vector each, as those have that people train."""
+    torch.manual_seed(0)
+    model = Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    return make(model.named_parameters(), **options)
+
+
+def damaged(damage):
+    state_dict = state_of(trained(of_layers()))
+    damage(state_dict["state"])
+    return state_dict
+
+
+def delete(index, key):
+    def damage(state):
+        del state[index][key]
+
+    return damage
+
+
+def put(index, key, value):
+    def damage(state):
+        state[index][key] = value
+
+    return damage
+
+
+def put_whole(index, value):
+    def damage(state):
+        state[index] = value
+
+    return damage
+
+
+MATRIX = torch.zeros(8, 4)
+ENTRIES = {
+    "a moment is missing": (delete(0, "exp_avg"), "exp_avg", "has no 'exp_avg', which others of its group have"),
+    "the step is missing": (delete(3, "step"), "step", "has no 'step', which others of its group have"),
+    "None": (put(0, "exp_avg", None), "exp_avg", ", exp_avg: None, where a dense tensor of shape [8, 4] belongs"),
+    "a number": (put(0, "exp_avg_sq", 0.0), "exp_avg_sq", ", exp_avg_sq: 0.0, where a dense tensor of shape [8, 4]"),
+    "a list": (put(0, "exp_avg", MATRIX.tolist()), "exp_avg", ", exp_avg: of type list, where a dense tensor"),
+    "a dict": (put(0, "exp_avg", {"a": MATRIX}), "exp_avg", ", exp_avg: of type dict, where a dense tensor"),
+    "sparse": (put(0, "exp_avg", MATRIX.to_sparse()), "exp_avg", ", exp_avg: sparse_coo float32 [8, 4] on cpu, where"),
+    "no dict": (put_whole(0, None), None, ": its state is None, not a dict"),
+    "a tensor": (put_whole(0, torch.ones(1)), None, ": its state is float32 [1] on cpu, not a dict"),
+}
+
+
+@pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "fresh"])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_unlike_the_others_is_found_where_torch_fails_in_the_load_or_in_the_step(name, is_trained):
+    damage, key, text = ENTRIES[name]
+    optimizer, state_dict = of_layers(), damaged(damage)
+    if is_trained:
+        train(optimizer)
+    [problem] = fastopt.check(optimizer, state_dict)
+    assert (problem.kind, problem.key) == ("structure", key)
+    assert f"parameter {problem.saved_id} " in str(problem)
+    assert text in str(problem)
+
+    def load_and_step():
+        torch_load(optimizer, state_dict, copy=True)
+        train(optimizer)
+
+    with pytest.raises((KeyError, TypeError, AttributeError, IndexError, NotImplementedError)):
+        load_and_step()
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_what_the_optimizer_holds_tells_where_no_other_parameter_does(name):
+    damage, key, _ = ENTRIES[name]
+    optimizer = trained(torch.optim.AdamW([parameter(8, 4)]))
+    state_dict = {**state_of(optimizer), "state": {0: state_of(optimizer)["state"][0]}}
+    state_dict["state"][3] = state_dict["state"][0]
+    damage(state_dict["state"])
+    state_dict["state"] = {0: state_dict["state"][3 if "step" in name else 0]}
+    assert places(fastopt.check(optimizer, state_dict)) == {("structure", 0, key)}
+
+
+def test_most_parameters_of_an_unknown_optimizer_decide():
+    params = [parameter(2, 3), parameter(3), parameter(3, 2), parameter(2)]
+    state = {i: {"m": torch.zeros_like(param), "n": 3} for i, param in enumerate(params)}
+    assert fastopt.check(Bare(params), saved(state, range(4))) == []
+    del state[0]["n"]
+    state[3]["m"] = None
+    assert places(fastopt.check(Bare(params), saved(state, range(4)))) == {("structure", 0, "n"), ("structure", 3, "m")}
+
+
+def variants():
+    layers = {
+        "Adam without amsgrad": lambda: of_layers(torch.optim.Adam),
+        "AdamW, amsgrad": lambda: of_layers(amsgrad=True),
+        "AdamW, fused": lambda: of_layers(fused=True),
+        "AdamW, a tensor lr": lambda: of_layers(lr=torch.tensor(0.1), foreach=False),
+        "SGD without momentum": lambda: of_layers(torch.optim.SGD, lr=0.1),
+        "SGD with momentum": lambda: of_layers(torch.optim.SGD, lr=0.1, momentum=0.9),
+        "RMSprop without momentum": lambda: of_layers(torch.optim.RMSprop),
+        "Adafactor, eps": lambda: of_layers(torch.optim.Adafactor, eps=(1e-30, 1e-3)),
+        "Adafactor": lambda: of_layers(torch.optim.Adafactor),
+        "LBFGS": lambda: torch.optim.LBFGS([parameter(3, 4), parameter(5)], line_search_fn="strong_wolfe"),
+        "LBFGS, plain": lambda: torch.optim.LBFGS([parameter(3, 4), parameter(5)], max_eval=7),
+        "NAdam": lambda: of_layers(torch.optim.NAdam, momentum_decay=0),
+    }
+    return layers
+
+
+def stepped(make, **options):
+    optimizer = make()
+    return trained(optimizer, **options) if options["steps"] else optimizer
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("skip", [(), (0,), (1, 2)], ids=str)
+@pytest.mark.parametrize("name", variants())
+def test_states_that_are_ragged_for_a_reason_pass(name, skip, steps):
+    make = variants()[name]
+    skip = () if "LBFGS" in name else skip
+    state_dict = state_of(stepped(make, steps=steps, skip=skip))
+    for others in ((), (0,), (3,)):
+        optimizer = stepped(make, steps=2, skip=() if "LBFGS" in name else others)
+        assert fastopt.check(optimizer, state_dict, finite=True) == []
+    assert fastopt.check(make(), state_dict, finite=True) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (torch.optim.AdamW, [{}, {"amsgrad": True}, {"fused": True}]),
+        (torch.optim.RMSprop, [{}, {"momentum": 0.9}, {"centered": True}]),
+        (torch.optim.SGD, [{"lr": 0.1}, {"lr": 0.1, "momentum": 0.9}]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_optimizer_of_other_settings_now_passes(make, settings):
+    """The load takes the saved settings over, so that only the keys which those ask for are read."""
+    for saved_by in settings:
+        for now in settings:
+            state_dict = state_of(trained(of_layers(make, **saved_by)))
+            optimizer = trained(of_layers(make, **now))
+            assert fastopt.check(optimizer, state_dict) == []
+            torch_load(optimizer, state_dict, copy=True)
+            train(optimizer)
+
+
+def test_momentum_that_is_not_there_yet_passes():
+    """`SGD` makes a buffer where it finds None, or nothing; and keeps a sparse one for a sparse gradient."""
+    optimizer = of_layers(torch.optim.SGD, lr=0.1, momentum=0.9)
+    for value in ({"momentum_buffer": None}, {}, {"momentum_buffer": MATRIX.to_sparse()}):
+        state_dict = state_of(trained(of_layers(torch.optim.SGD, lr=0.1, momentum=0.9)))
+        state_dict["state"][0] = value
+        assert fastopt.check(optimizer, state_dict) == []
+
+
+def test_state_that_comes_later_passes():
+    params = [parameter(3, 2), parameter(2, 3), parameter(4)]
+    state = {i: {"m": torch.zeros_like(param)} for i, param in enumerate(params)}
+    state[1]["late"] = torch.zeros(2, 3)
+    optimizer = Bare(params)
+    assert fastopt.check(optimizer, saved(state, range(3))) == []
+    for param in params:
+        optimizer.state[param] = {"m": torch.zeros_like(param), "later": torch.zeros_like(param)}
+    assert fastopt.check(optimizer, saved(state, range(3))) == []
+
+
+@pytest.mark.parametrize(
+    ("ids", "keys", "text"),
+    [
+        ((0, 1), ("0", "1"), "structure: state under '0', '1', where the groups have the ids 0, 1"),
+        (("0", "1"), (0, 1), "structure: state under 0, 1, where the groups have the ids '0', '1'"),
+        (
+            (0, 1),
+            ("a.weight", "a.bias"),
+            "structure: state under 'a.weight', 'a.bias', where the groups have the ids 0",
+        ),
+        ((0, 1), (0, "1"), "structure: state under '1', where the groups have the ids 1"),
+    ],
+)
+def test_state_under_ids_of_another_type_is_found(ids, keys, text):
+    state = {key: {"m": torch.zeros(2)} for key in keys}
+    [problem] = fastopt.check(Bare([parameter(2), parameter(2)]), saved(state, ids))
+    assert str(problem).startswith(text)
+
+
+def test_state_of_the_whole_optimizer_passes():
+    optimizer = Bare([parameter(2), parameter(2)])
+    state = {"shared": {"n": 1}, "1": {"n": 2}, 0: {"m": torch.zeros(2)}, 1: {"m": torch.zeros(2)}}
+    assert fastopt.check(optimizer, saved(state, (0, 1))) == []
+    assert fastopt.check(optimizer, saved({"shared": {"n": 1}}, (0, 1))) == []
+
+
+# ---- hyperparameters ----
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", "0.1"),
+        ("lr", None),
+        ("lr", [0.1]),
+        ("lr", torch.ones(3)),
+        ("betas", (0.9,)),
+        ("betas", 0.9),
+        ("betas", None),
+        ("betas", ("0.9", 0.999)),
+        ("amsgrad", "False"),
+    ],
+    ids=str,
+)
+def test_a_hyperparameter_of_another_kind_is_found(key, value):
+    state_dict = state_of(trained(of_layers()))
+    state_dict["param_groups"][0][key] = value
+    [problem] = fastopt.check(of_layers(), state_dict)
+    assert (problem.kind, problem.key) == ("structure", key)
+    assert str(problem).startswith(f"structure: {key!r} of param group 0 is ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", 1),
+        ("lr", torch.tensor(0.1)),
+        ("lr", numpy.float32(0.1)),
+        ("betas", [0.9, 0.99]),
+        ("betas", (torch.tensor(0.9), 0.99)),
+        ("foreach", True),
+        ("fused", None),
+        ("amsgrad", 0),
+        ("weight_decay", 0),
+        ("initial_lr", "new"),
+    ],
+    ids=str,
+)
+def test_a_hyperparameter_of_a_kind_that_works_passes(key, value):
+    state_dict = state_of(trained(of_layers()))
+    state_dict["param_groups"][0][key] = value
+    assert fastopt.check(of_layers(), state_dict) == []
+
+
+def test_what_a_constructor_takes_none_for_may_be_none():
+    class Clipped(torch.optim.SGD):
+        def __init__(self, params, lr, clip=None):
+            super().__init__(params, lr)
+            for group in self.param_groups:
+                group["clip"] = clip
+
+    def clipped(clip):
+        return Clipped([parameter(2)], 0.1, clip)
+
+    assert fastopt.check(clipped(1.0), state_of(clipped(None))) == []
+    assert fastopt.check(clipped(None), state_of(clipped(1.0))) == []
+    assert [problem.key for problem in fastopt.check(clipped(1.0), state_of(clipped("1")))] == ["clip"]

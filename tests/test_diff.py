@@ -1,6 +1,7 @@
 """`fastopt.diff` and `fastopt.summary`; torch's arithmetic in float64 is the oracle."""
 
 import copy as copying
+import inspect
 import json
 import tracemalloc
 from collections import Counter
@@ -264,3 +265,14 @@ def test_the_smallest_numbers():
 def test_names_that_are_none():
     state_dict = {"state": {}, "param_groups": [{"params": [0], "param_names": None}]}
     assert not fastopt.diff(state_dict, state_dict)
+
+
+def test_an_infinite_difference_is_explained():
+    line = "  inf: one of the two values is NaN or infinite, and the other is not that"
+    assert str(both(torch.tensor([1.0, NAN]), torch.tensor([1.0, 2.0]))[0]).splitlines()[-1] == line
+    assert line not in str(both(torch.tensor([1.0, NAN]), torch.tensor([2.0, NAN]))[0])
+
+
+@pytest.mark.parametrize("function", [fastopt.diff, fastopt.summary])
+def test_a_signature_shows_no_address(function):
+    assert " at 0x" not in str(inspect.signature(function))

@@ -317,7 +317,7 @@ def test_places_of_many_parameters_are_ranges(backend, monkeypatch):
             optimizer, {"state": saved_state, "param_groups": [{"params": list(range(300))}]}, inplace=True
         )
     [note] = caught.value.__notes__
-    assert "of 297 state tensors, filled: state['a'] of parameter 1-99, 101-199, 201-299. All else" in note
+    assert "of 297 tensors, filled: state['a'] of parameter 1-99, 101-199, 201-299. All else" in note
 
 
 # ---- inplace="auto" ----
@@ -405,3 +405,144 @@ def test_other_words_are_refused(backend, inplace):
     optimizer = with_state({"a": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"inplace: .* is neither a bool nor 'auto'"):
         fastopt.load_state_dict(optimizer, saved({"a": torch.ones(2)}), inplace=inplace)
+
+
+# ---- hyperparameters that are tensors ----
+
+
+def with_tensor_lr(lr=0.1, groups=1, **options):
+    """An AdamW as one is that a graph was captured of; each of its groups has an lr of its own."""
+    params = [parameter(3) for _ in range(groups)]
+    return torch.optim.AdamW(
+        [{"params": [param], "lr": torch.tensor(lr)} for param in params], lr=1.0, foreach=False, **options
+    )
+
+
+@pytest.mark.parametrize("inplace", [True, "auto"])
+@pytest.mark.parametrize("value", [torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64), 0.25, 1], ids=repr)
+def test_a_tensor_lr_is_filled_and_stays_where_it_is(backend, inplace, value):
+    optimizer = trained(with_tensor_lr(groups=2))
+    held = [group["lr"] for group in optimizer.param_groups]
+    addresses_before = [tensor.data_ptr() for tensor in held]
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for group in state_dict["param_groups"]:
+        group["lr"] = value
+    given = fingerprint(state_dict)
+    report = fastopt.load_state_dict(optimizer, state_dict, inplace=inplace)
+    assert all(group["lr"] is one for group, one in zip(optimizer.param_groups, held, strict=True))
+    assert [tensor.data_ptr() for tensor in held] == addresses_before
+    assert [tensor.dtype for tensor in held] == [torch.float32] * 2
+    assert [tensor.item() for tensor in held] == [float(value)] * 2
+    assert (report.filled, report.replaced) == (8, [])
+    assert fingerprint(state_dict) == given
+
+
+def test_tensors_in_a_tuple_of_hyperparameters_are_filled(backend):
+    betas = (torch.tensor(0.5), 0.9)
+    optimizer = Bare([parameter(2)], betas=betas, scales=torch.zeros(3), note="x")
+    state_dict = {"state": {}, "param_groups": [{"params": [0], "note": "y", "scales": torch.ones(3)}]}
+    state_dict["param_groups"][0]["betas"] = (torch.tensor(0.25), 0.99)
+    report = fastopt.load_state_dict(optimizer, state_dict, inplace=True)
+    [group] = optimizer.param_groups
+    assert group["betas"][0] is betas[0]
+    assert group["betas"] == (0.25, 0.99)
+    assert group["scales"].tolist() == [1, 1, 1]
+    assert group["note"] == "y"
+    assert report.filled == 2
+
+
+def test_a_parameter_is_no_hyperparameter(backend):
+    """Its id is a number, and it a tensor of one element."""
+    param = parameter(1)
+    optimizer = Bare([param])
+    fastopt.load_state_dict(optimizer, {"state": {}, "param_groups": [{"params": [7]}]}, inplace=True)
+    assert optimizer.param_groups[0]["params"][0] is param
+    assert param.item() == 1
+
+
+def test_a_held_number_becomes_what_was_saved(backend):
+    optimizer, value = Bare([parameter(2)], lr=0.1), torch.tensor(0.5)
+    state_dict = {"state": {}, "param_groups": [{"params": [0], "lr": value}]}
+    fastopt.load_state_dict(optimizer, state_dict, inplace=True)
+    assert optimizer.param_groups[0]["lr"] == value
+    assert optimizer.param_groups[0]["lr"] is not value
+
+
+@pytest.mark.parametrize(
+    ("held", "value", "text"),
+    [
+        (
+            torch.zeros(3),
+            torch.ones(2),
+            r"holds float32 \[3\] on cpu at param_groups\[0\]\['lr'\], where float32 \[2\]",
+        ),
+        (inference_tensor(), torch.ones(3), r"param_groups\[0\]\['lr'\], which only inference mode may write"),
+    ],
+    ids=["a shape", "inference"],
+)
+def test_a_hyperparameter_that_does_not_fit(backend, held, value, text):
+    param = parameter(2)
+    optimizer = Bare([param], lr=held)
+    optimizer.state[param] = {"a": torch.zeros(2)}
+    state_dict = {"state": {0: {"a": torch.ones(2)}}, "param_groups": [{"params": [0], "lr": value}]}
+    before = fingerprint(optimizer.state), fingerprint(optimizer.param_groups)
+    with pytest.raises(ValueError, match=text):
+        fastopt.load_state_dict(optimizer, state_dict, inplace=True)
+    assert (fingerprint(optimizer.state), fingerprint(optimizer.param_groups)) == before
+    report = fastopt.load_state_dict(optimizer, state_dict, inplace="auto")
+    assert report.replaced == [(None, "param_groups[0]['lr']")]
+    assert "replaced 1, which had nothing to fill: param_groups[0]['lr']" in str(report).splitlines()[-1]
+    assert torch.equal(optimizer.param_groups[0]["lr"], value)
+    assert optimizer.param_groups[0]["lr"] is not value
+
+
+@pytest.mark.parametrize(("held", "value"), [(torch.tensor(3), 0.5), (torch.zeros(2), 0.5), (torch.tensor(0.5), None)])
+def test_what_a_tensor_cannot_stand_for_replaces_it(backend, held, value):
+    optimizer = Bare([parameter(2)], h=held)
+    fastopt.load_state_dict(optimizer, {"state": {}, "param_groups": [{"params": [0], "h": value}]}, inplace=True)
+    assert optimizer.param_groups[0]["h"] is value
+
+
+def test_an_lr_that_two_groups_share(backend):
+    lr = torch.tensor(0.1)
+    optimizer = Bare([{"params": [parameter(2)]}, {"params": [parameter(2)]}], lr=lr)
+    groups = [{"params": [0], "lr": torch.tensor(0.5)}, {"params": [1], "lr": torch.tensor(0.5)}]
+    report = fastopt.load_state_dict(optimizer, {"state": {}, "param_groups": groups}, inplace=True)
+    assert report.filled == 1
+    assert all(group["lr"] is lr for group in optimizer.param_groups)
+    assert lr == 0.5
+    groups[1]["lr"] = 0.75
+    with pytest.raises(ValueError, match=r"held at param_groups\[1\]\['lr'\] is held elsewhere too"):
+        fastopt.load_state_dict(optimizer, {"state": {}, "param_groups": groups}, inplace=True)
+    assert lr == 0.5
+    fastopt.load_state_dict(optimizer, {"state": {}, "param_groups": groups}, inplace="auto")
+    assert [group["lr"] for group in optimizer.param_groups] == [lr, 0.75]
+
+
+def test_a_failure_names_the_hyperparameters_that_are_filled(backend, monkeypatch):
+    optimizer = trained(with_tensor_lr(groups=2))
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    for group in state_dict["param_groups"]:
+        group["lr"] = torch.tensor(7.0)
+    monkeypatch.setattr(torch.optim.AdamW, "__setstate__", lambda self, state: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        fastopt.load_state_dict(optimizer, state_dict, inplace=True)
+    [note] = caught.value.__notes__
+    assert note.startswith("inplace: of 8 tensors, filled: ")
+    assert note.endswith("param_groups[0]['lr'], param_groups[1]['lr']. All else of the optimizer is as it was")
+    assert [group["lr"] for group in optimizer.param_groups] == [7, 7]
+    assert all(group["lr"] is lr for group, lr in zip(optimizer.param_groups, lrs, strict=True))
+
+
+def test_hyperparameters_that_overlap_are_refused_by_name(backend):
+    memory = torch.zeros(3)
+    optimizer = Bare([parameter(2)], a=memory[:2], b=memory[1:])
+    group = {"params": [0], "a": torch.ones(2), "b": torch.full((2,), 2.0)}
+    with pytest.raises(ValueError, match="overlaps") as caught:
+        fastopt.load_state_dict(optimizer, {"state": {}, "param_groups": [group]}, inplace=True)
+    assert {note.partition(": ")[2] for note in caught.value.__notes__} == {
+        "param_groups[0]['a']",
+        "param_groups[0]['b']",
+    }
+    assert not memory.any()

@@ -146,7 +146,7 @@ def test_an_error_of_setstate_is_taken_back(inplace):
     assert not hasattr(optimizer, "mark")
     if inplace:
         assert caught.value.__notes__ == [
-            "inplace: of 3 state tensors, filled: state['step'] of parameter 0, state['exp_avg'] of parameter 0, "
+            "inplace: of 3 tensors, filled: state['step'] of parameter 0, state['exp_avg'] of parameter 0, "
             "state['exp_avg_sq'] of parameter 0. All else of the optimizer is as it was"
         ]
     optimizer.refuses = False

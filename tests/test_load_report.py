@@ -104,3 +104,27 @@ def test_report_prints_times_and_sizes_in_units_that_fit(seconds, moved, first_l
 def test_report_names_missing_parameters_by_index():
     report = fastopt.LoadReport("python", missing=[0, 1, 2])
     assert "  no state for 3 parameters: indices 0, 1, 2" in str(report).splitlines()
+
+
+def test_report_names_parameters_that_were_saved_under_other_names():
+    names = [f"layer.{index}" for index in range(1000)]
+    first = Bare([(name, parameter(1)) for name in names])
+    state_dict = copying.deepcopy(TORCH_STATE_DICT(first))
+    assert fastopt.load_state_dict(first, state_dict).renamed == []
+    state_dict["param_groups"][0]["param_names"][3] = "other"
+    report = fastopt.load_state_dict(first, state_dict)
+    assert report.renamed == [(3, "layer.3", "other")]
+    assert "  loaded by place, 1 parameter of other names: 3 'layer.3' was 'other'" in str(report).splitlines()
+    assert first.param_groups[0]["param_names"][3] == "other"  # as torch does; so this is the time to say it
+    swapped = Bare([(name, parameter(1)) for name in reversed(names)])
+    report = fastopt.load_state_dict(swapped, TORCH_STATE_DICT(Bare([(name, parameter(1)) for name in names])))
+    assert len(report.renamed) == 1000
+    assert "1,000 parameters of other names: 0 'layer.999' was 'layer.0', " in str(report)
+
+
+def test_names_of_groups_that_follow_have_the_indices_of_their_parameters():
+    def grouped(*names):
+        return Bare([{"params": [(name, parameter(1))]} for name in names])
+
+    report = fastopt.load_state_dict(grouped("a", "b", "c"), TORCH_STATE_DICT(grouped("a", "c", "b")))
+    assert report.renamed == [(1, "b", "c"), (2, "c", "b")]

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 import fastopt
 from tests.loads import tensor
-from tests.oracle import TORCH_LOAD_STATE_DICT, TORCH_STATE_DICT, Bare, Comparison, fingerprint, parameter
+from tests.oracle import (
+    TORCH_LOAD_STATE_DICT,
+    TORCH_STATE_DICT,
+    Bare,
+    Comparison,
+    fingerprint,
+    parameter,
+    train,
+    trained,
+)
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -548,10 +557,132 @@ def test_what_stands_twice_or_not_in_parallel_is_an_error():
         assert (fingerprint(state_dict), fingerprint(optimizer)) == before
 
 
-@pytest.mark.parametrize("rename", ["^module.", (r"^module\.", "")])
+@pytest.mark.parametrize("rename", ["^module.", (r"^module\.", ""), 3, ["a", "b"]])
 def test_patterns_that_are_no_pairs_are_refused(rename):
     with pytest.raises(TypeError, match="is no sequence of pairs"):
         fastopt.match(moments("a"), bare("a"), rename=rename)
+
+
+@pytest.mark.parametrize(
+    ("rename", "text"),
+    [
+        ([("a", "b", "c")], r"\('a', 'b', 'c'\) in rename is no pair \(regular expression, replacement\)"),
+        ([3], "3 in rename is no pair"),
+        (lambda name: None, "rename makes None of 'a', which is no str"),
+        ({"a": 3}, "rename makes 3 of 'a', which is no str"),
+    ],
+)
+def test_renames_of_other_kinds_are_named(rename, text):
+    with pytest.raises(TypeError, match=text):
+        fastopt.match(moments("a"), bare("a"), rename=rename)
+
+
+@pytest.mark.parametrize(
+    ("rename", "error", "note"),
+    [
+        ([("x", "y"), ("(", "b")], re.error, "match: in the pair ('(', 'b') of rename"),
+        ([("a", r"\1")], re.error, r"match: in the pair ('a', '\\1') of rename"),
+        ([(3, "b")], TypeError, "match: in the pair (3, 'b') of rename"),
+        (lambda name: 1 / 0, ZeroDivisionError, "match: while renaming 'a'"),
+    ],
+)
+def test_what_fails_in_a_rename_is_named(rename, error, note):
+    with pytest.raises(error) as caught:
+        fastopt.match(moments("a"), bare("a"), rename=rename)
+    assert note in caught.value.__notes__
+
+
+def test_named_parameters_of_other_kinds_are_named():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state_dict = saved_by(torch.optim.SGD(Net().named_parameters(), lr=0.1))
+    for wrong, kind in (
+        (model, "is a Net"),
+        (torch.nn.Sequential(model), "is a Sequential"),
+        (3, "is a int"),
+        (model.parameters(), "holds a Parameter that is no pair"),
+        (list(model.parameters()), "holds a Parameter that is no pair"),
+        ([name for name, _ in model.named_parameters()], "holds a str that is no pair"),
+    ):
+        with pytest.raises(TypeError, match=rf"named_parameters {kind}.*pass model\.named_parameters\(\)"):
+            fastopt.match(state_dict, optimizer, named_parameters=wrong)
+    fastopt.match(state_dict, optimizer, named_parameters=model.named_parameters())
+
+
+def test_other_arguments_of_other_kinds_are_named():
+    with pytest.raises(TypeError, match="strict: 'no' is a str, not a bool"):
+        fastopt.match(moments("a"), bare("a"), strict="no")
+    with pytest.raises(TypeError, match="match: 'state' is a list, not a dict"):
+        fastopt.match({**moments("a"), "state": [{}]}, bare("a"))
+
+
+# ---- shapes ----
+
+
+def linear(*shape):
+    return torch.nn.Linear(*shape, bias=False)
+
+
+def test_state_of_another_shape_is_a_problem_and_stays_out_without_strict():
+    old = trained(
+        adamw(torch.nn.ModuleDict({"a": linear(4, 4), "b": linear(4, 3), "gone": linear(2, 2)}).named_parameters())
+    )
+    grown = torch.nn.ModuleDict({"b": linear(4, 3), "a": linear(4, 5), "new": linear(1, 1)})
+    state_dict = saved_by(old)
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        fastopt.match(state_dict, adamw(grown.named_parameters()))
+    assert str(caught.value).splitlines()[1:] == [
+        "  in the optimizer, but not in the state dict: 'new.weight'",
+        "  in the state dict, but not in the optimizer: 'gone.weight'",
+        "  shaped unlike their parameter 'a.weight' [5, 4]: exp_avg [4, 4], exp_avg_sq [4, 4]",
+    ]
+    for is_trained in (False, True):
+        new = adamw(grown.named_parameters())
+        if is_trained:
+            train(new)
+        report = fastopt.MatchReport()
+        result = fastopt.match(state_dict, new, strict=False, report=report)
+        assert fastopt.check(new, result) == []
+        _, a, _ = params_of(new)
+        assert result["state"][0] is state_dict["state"][1]
+        assert result["state"].get(1) is (new.state[a] if is_trained else None)
+        assert (report.missing, report.unexpected, report.misshapen, report.others) == (
+            ["new.weight"],
+            ["gone.weight"],
+            ["a.weight"],
+            [],
+        )
+        assert str(report).splitlines() == [
+            "not saved, present state kept: 'new.weight'",
+            "not in the optimizer, dropped: 'gone.weight'",
+            "saved in another shape, present state kept: 'a.weight'",
+        ]
+        fastopt.load_state_dict(new, result)
+        train(new)
+
+
+def test_factored_state_passes_by_name():
+    old = trained(torch.optim.Adafactor(torch.nn.ModuleDict({"a": linear(4, 6), "b": linear(3, 5)}).named_parameters()))
+    new = torch.optim.Adafactor(torch.nn.ModuleDict({"b": linear(3, 5), "a": linear(4, 6)}).named_parameters())
+    report = fastopt.MatchReport(missing=["of before"])
+    fastopt.match(saved_by(old), new, report=report)
+    assert report == fastopt.MatchReport()
+    assert str(report) == "everything fits"
+
+
+def test_the_report_has_all_that_the_error_has():
+    state_dict = moments("a", "gone", "b.old")
+    state_dict["state"][12] = {}
+    report = fastopt.MatchReport()
+    with pytest.raises(ValueError, match="gone"):
+        fastopt.match(state_dict, bare("a", "c"), rename={"b.old": "b", "unused": "u"}, report=report)
+    assert (report.missing, report.unexpected) == (["c"], ["gone", "b.old"])
+    assert report.others == [
+        "state under ids that stand in no saved group: 12",
+        "in rename, but not in the state dict: 'unused'",
+    ]
+    many = fastopt.MatchReport(missing=[f"p{index}" for index in range(1000)])
+    assert str(many) == "not saved, present state kept: 'p0', 'p1', 'p2', 'p3', 'p4' and 995 more"
 
 
 @pytest.mark.parametrize("key", ["state", "param_groups", "params"])

@@ -228,16 +228,18 @@ def test_cpu_with_an_index_is_what_torch_makes_of_it():
 @pytest.mark.parametrize(
     ("options", "kind", "text"),
     [
-        ({"policy": "keeps"}, ValueError, "policy['*']: 'keeps' is none of 'reference', 'keep', 'float-only'"),
+        ({"policy": "keeps"}, ValueError, "policy: 'keeps' is none of 'reference', 'keep', 'float-only'"),
         ({"policy": {"exp_avg": "step"}}, ValueError, "policy['exp_avg']: 'step' is none of"),
-        ({"policy": torch.uint8}, ValueError, "policy['*']: torch.uint8 is no floating dtype"),
+        ({"policy": torch.uint8}, ValueError, "policy: torch.uint8 is no floating dtype"),
         ({"policy": {"m": torch.complex64}}, ValueError, "policy['m']: torch.complex64 is no floating dtype"),
-        ({"policy": 3}, TypeError, "policy['*']: 3 is a int"),
+        ({"policy": 3}, TypeError, "policy: 3 is a int"),
+        ({"policy": "bfloat16"}, ValueError, "policy: 'bfloat16' is a str; pass torch.bfloat16"),
+        ({"policy": {"m": "torch.half"}}, ValueError, "policy['m']: 'torch.half' is a str; pass torch.half"),
         ({"policy": {3: "keep"}}, TypeError, "policy: the pattern 3 is a int, not a str"),
         ({"device": {None: "cpu"}}, TypeError, "device: the pattern None is a NoneType"),
-        ({"device": "params"}, RuntimeError, "device['*']: 'params' is neither 'param' nor 'keep', nor a device"),
+        ({"device": "params"}, RuntimeError, "device: 'params' is neither 'param' nor 'keep', nor a device"),
         ({"device": {"m": []}}, TypeError, "device['m']: [] is neither"),
-        ({"device": "step"}, RuntimeError, "device['*']: 'step' is neither"),
+        ({"device": "step"}, RuntimeError, "device: 'step' is neither"),
         ({"policy": "keep", "inplace": True}, ValueError, "inplace: the tensors to fill have their dtypes"),
         ({"device": "keep", "inplace": True}, ValueError, "inplace: the tensors to fill have their dtypes"),
     ],
@@ -332,3 +334,22 @@ def test_wide_moments_under_narrow_parameters_survive_a_resume():
         assert narrowed != uninterrupted[200:]  # what the reference does to them
         assert all(abs(a - b) < 0.1 * b + 0.01 for a, b in zip(narrowed, uninterrupted[200:], strict=True))
     assert all(map(math.isfinite, narrowed))
+
+
+@pytest.mark.parametrize("call", [fastopt.snapshot, lambda o, dtype: fastopt.save(o, "never.pt", dtype=dtype)])
+@pytest.mark.parametrize(
+    ("dtype", "text"),
+    [
+        ("bfloat16", "dtype: 'bfloat16' is a str; pass torch.bfloat16"),
+        (torch.int8, "dtype: torch.int8 is no floating dtype"),
+        ({"exp_avg": "narrow"}, "dtype['exp_avg']: 'narrow' is none of"),
+        ({3: BF16}, "dtype: the pattern 3 is a int"),
+    ],
+    ids=str,
+)
+def test_what_leaves_an_optimizer_is_refused_by_the_name_of_its_argument(call, dtype, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call(Bare([parameter(3)]), dtype=dtype)
+    assert str(caught.value).startswith(text)
+    assert list(tmp_path.iterdir()) == []

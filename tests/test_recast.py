@@ -160,3 +160,31 @@ def test_state_that_belongs_to_no_parameter_is_kept():
     report = fastopt.cast_state(optimizer, BF16)
     assert optimizer.state["extra"] is extra
     assert report.unexpected == ["extra"]
+
+
+def test_the_casts_are_audited_as_those_of_a_load():
+    actual, expected = make("AdamW"), make("AdamW")
+    for optimizer in (actual, expected):
+        for state in optimizer.state.values():
+            state["exp_avg_sq"].mul_(1e-12)
+    report = fastopt.cast_state(actual, torch.float16, audit=True)
+    policy = {"step": "keep", "*": torch.float16}
+    wanted = fastopt.load_state_dict(expected, TORCH_STATE_DICT(expected), policy=policy, audit=True)
+    assert report.audit == wanted.audit
+    assert report.audit["exp_avg_sq", F32, torch.float16].underflowed > 0
+    assert "WARNING: steps divide by the root of exp_avg_sq" in str(report)
+    assert fastopt.cast_state(actual, F32).audit is None
+
+
+def test_reports_and_notes_say_what_was_done():
+    optimizer = make("AdamW")
+    assert str(fastopt.cast_state(optimizer, {"exp_av": BF16})).endswith(
+        "no key of the state fits 'exp_av', given in policy"
+    )
+    assert str(fastopt.to_device(optimizer, {"exp_av": "cpu"})).endswith("fits 'exp_av', given in device")
+    assert str(fastopt.to_device(optimizer)).startswith("recast 12 tensors in ")
+    optimizer.state[optimizer.param_groups[0]["params"][0]]["broken"] = iter([1])
+    for call in (lambda: fastopt.to_device(optimizer, "cpu"), lambda: fastopt.cast_state(optimizer, BF16)):
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert caught.value.__notes__[-1].startswith("while recasting the state of parameter 0 ")

@@ -129,6 +129,38 @@ def test_in_place_what_is_not_held_is_an_error_and_changes_nothing():
     assert fingerprint(optimizer) == before
 
 
+def test_in_place_where_there_is_something_to_fill():
+    optimizer = trained(adam((3, 4), (5,)))
+    expected = copying.deepcopy(TORCH_STATE_DICT(optimizer))
+    for dtype in (None, BF16):
+        snapshot = fastopt.snapshot(optimizer, dtype=dtype)
+        first, second = (param for group in optimizer.param_groups for param in group["params"])
+        optimizer.state[first]["exp_avg"] = torch.zeros(3)
+        held = optimizer.state[second]["exp_avg"].zero_()
+        report = snapshot.restore(inplace="auto")
+        assert report.replaced == [(0, "state['exp_avg']")]
+        assert optimizer.state[second]["exp_avg"] is held
+        assert optimizer.state[first]["exp_avg"].dtype is F32
+        if dtype is None:
+            assert_same_state(TORCH_STATE_DICT(optimizer), expected)
+
+
+@pytest.mark.parametrize("inplace", ["always", 1, None])
+def test_other_words_than_auto_are_refused(inplace):
+    with pytest.raises(ValueError, match="is neither a bool nor 'auto'"):
+        fastopt.snapshot(trained(adam())).restore(inplace=inplace)
+
+
+def test_a_tensor_lr_is_restored_in_place():
+    optimizer = make("AdamW with a tensor lr")
+    lr = optimizer.param_groups[0]["lr"]
+    snapshot = fastopt.snapshot(optimizer)
+    lr.fill_(9)
+    snapshot.restore(inplace=True)
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr == torch.tensor(1e-3)
+
+
 def test_other_groups_by_now_are_an_error_and_change_nothing():
     optimizer = trained(adam())
     snapshot = fastopt.snapshot(optimizer)
@@ -260,3 +292,33 @@ def test_permissions_and_links(tmp_path: Path):
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         fastopt.snapshot(adam()).save(tmp_path / "missing" / "optimizer.pt")
+
+
+# ---- reports ----
+
+
+def test_the_report_says_what_was_copied():
+    snapshot = fastopt.snapshot(trained(adam()), dtype={"exp_avgg": BF16})
+    assert snapshot.report.seconds > 0
+    assert str(snapshot.report).startswith("copied 9 tensors in ")
+    assert str(snapshot.report).endswith("no key of the state fits 'exp_avgg', given in dtype")
+    for internal in ("fate", "done", "options", "{:,}"):
+        assert internal not in repr(snapshot.report)
+
+
+def test_the_casts_are_audited():
+    optimizer = trained(adam())
+    for state in optimizer.state.values():
+        state["exp_avg_sq"].mul_(1e-12)
+    report = fastopt.snapshot(optimizer, dtype=torch.float16, audit=True).report
+    values = sum(state["exp_avg_sq"].numel() for state in optimizer.state.values())
+    assert report.audit["exp_avg_sq", F32, torch.float16].underflowed == values
+    assert fastopt.snapshot(optimizer, dtype=torch.float16).report.audit is None
+
+
+def test_an_error_says_what_was_being_done():
+    optimizer = trained(adam())
+    optimizer.state[optimizer.param_groups[0]["params"][0]]["broken"] = iter([1])
+    with pytest.raises(TypeError) as caught:
+        fastopt.snapshot(optimizer)
+    assert caught.value.__notes__[-1].startswith("while copying the state of parameter 0 ")

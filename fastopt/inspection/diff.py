@@ -1,5 +1,6 @@
 """How two states differ."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,8 @@ class Diff:
         if rows:
             head = ["key", "tensors that differ", "values", "largest difference", "relative", "at", "dtypes"]
             lines += ["  " + line for line in aligned([head, *rows])]
+        if any(math.isinf(seen.absolute) for seen in self.keys.values()):
+            lines.append("  inf: one of the two values is NaN or infinite, and the other is not that")
         return "\n".join(lines)
 
 
@@ -91,7 +94,7 @@ def row(key: Any, seen: KeyDiff) -> list[str]:
     return [str(key), tensors, values, f"{seen.absolute:.4g}", f"{seen.relative:.4g}", seen.where, dtypes]
 
 
-def diff(a: Optimizer | StateDict, b: Optimizer | StateDict, *, advance: Advance = unwatched) -> Diff:
+def diff(a: Optimizer | StateDict, b: Optimizer | StateDict, *, advance: Advance | None = None) -> Diff:
     """Compare two states: their groups, and all values of their parameters' state.
 
     Parameters are compared by name where both states name all of theirs, else by index. Values are compared in
@@ -114,7 +117,7 @@ def diff(a: Optimizer | StateDict, b: Optimizer | StateDict, *, advance: Advance
         by_name = names_all(dict_a["param_groups"]) and names_all(dict_b["param_groups"])
         result = Diff()
         compare_groups(result, dict_a["param_groups"], dict_b["param_groups"])
-        compare_owners(result, owners(dict_a, by_name), owners(dict_b, by_name), advance)
+        compare_owners(result, owners(dict_a, by_name), owners(dict_b, by_name), advance or unwatched)
         return result
 
 

@@ -6,16 +6,9 @@ from typing import Any
 import torch
 
 from fastopt.collector import paused_collector
-from fastopt.inspection.check import (
-    Problem,
-    ids_of,
-    infinite_tensors,
-    missing,
-    nan_hyperparameters,
-    odd_ids,
-    tensor_rows,
-    unclaimed,
-)
+from fastopt.inspection.check import infinite_tensors, missing, odd_ids, unclaimed
+from fastopt.inspection.hyperparameters import nan_hyperparameters
+from fastopt.inspection.problems import Problem, ids_of, tensor_rows
 from fastopt.inspection.values import Advance, unwatched
 
 
@@ -47,5 +40,6 @@ def found(state_dict: Mapping[str, Any], advance: Advance) -> Iterator[Problem]:
     if not isinstance(state, Mapping):
         yield from missing("state", "dict", state)
         return
-    yield from unclaimed(state, saved_groups)
+    if isinstance(saved_groups, list | tuple):
+        yield from unclaimed(state, saved_groups)
     yield from infinite_tensors(tensor_rows(state, {}), advance)

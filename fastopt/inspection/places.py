@@ -1,5 +1,6 @@
 """What stands where in a state dict: its parameters, and the values of their state."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, NamedTuple
 
@@ -21,10 +22,10 @@ def state_dict_of(state: Optimizer | StateDict) -> StateDict:
     if isinstance(state, Optimizer):
         return packed(state)
     if not isinstance(state, Mapping):
-        kind = type(state).__name__
-        raise TypeError(
-            f"{state!r:.60} is a {kind}, neither an optimizer nor a state dict; `fastopt inspect` reads files"
-        )
+        kind = f"a {type(state).__name__}, neither an optimizer nor a state dict"
+        if isinstance(state, str | os.PathLike):
+            raise TypeError(f"{os.fspath(state)!r:.60} is {kind}; `fastopt inspect` reads files")
+        raise TypeError(f"state is {kind}")
     for key in ("param_groups", "state"):
         if key not in state:
             error = KeyError(key)

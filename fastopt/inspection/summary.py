@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from fastopt.casting import bytes_of
 from fastopt.collector import paused_collector
+from fastopt.errors import check_bools
 from fastopt.inspection.places import places, state_dict_of
 from fastopt.inspection.values import Advance, ValueRange, numbers, total_range, unwatched
 from fastopt.state_dict import OWN_KEYS, StateDict
@@ -101,7 +102,7 @@ class Summary:
         return "\n".join(lines)
 
 
-def summary(state: Optimizer | StateDict, *, values: bool = False, advance: Advance = unwatched) -> Summary:
+def summary(state: Optimizer | StateDict, *, values: bool = False, advance: Advance | None = None) -> Summary:
     """Describe the state of an optimizer: its groups, and what stands under each key.
 
     Args:
@@ -114,6 +115,7 @@ def summary(state: Optimizer | StateDict, *, values: bool = False, advance: Adva
         KeyError: `"state"`, `"param_groups"` or a group's `"params"` is missing.
         TypeError: it is neither an optimizer nor a dict.
     """
+    check_bools(values=values)
     with paused_collector(), torch.no_grad():
         state_dict = state_dict_of(state)
         result = Summary([summarized_group(group) for group in state_dict["param_groups"]])
@@ -125,7 +127,7 @@ def summary(state: Optimizer | StateDict, *, values: bool = False, advance: Adva
                 if values and isinstance(place.value, torch.Tensor) and (found := numbers(place.value)) is not None:
                     readable[place.key].append(found)
         for key, tensors in readable.items():
-            result.keys[key].range = total_range(tensors, advance)
+            result.keys[key].range = total_range(tensors, advance or unwatched)
         return result
 
 
