@@ -3,13 +3,13 @@
 from fastopt.audit import AuditCount
 from fastopt.backends import BackendInfo, backend
 from fastopt.batch import copy_, to
-from fastopt.checkpoint import SaveReport, load, save
+from fastopt.checkpoint import load, save
 from fastopt.errors import BackgroundSaveError, CheckpointError
 from fastopt.inspection import Diff, Problem, Summary, check, diff, summary
 from fastopt.matching import match
 from fastopt.patch import install, installed, uninstall
 from fastopt.recast import cast_state, to_device
-from fastopt.report import LoadReport
+from fastopt.report import LoadReport, SaveReport
 from fastopt.snapshot import Snapshot, snapshot
 from fastopt.state_dict import id_map, load_state_dict, state_dict
 

@@ -4,54 +4,24 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
-import torch
 from torch.optim import Optimizer
 
-from fastopt.background import in_background, in_turn, raise_unasked
+from fastopt.background import await_saves, in_background, raise_unasked
 from fastopt.files import formats
 from fastopt.files.torch_file import SafeGlobal
 from fastopt.flattened import is_flattened, unflattened
-from fastopt.inspection.places import places
 from fastopt.policy import Devices, DTypes, Policy
-from fastopt.report import CastCount, LoadReport
-from fastopt.saving import DTypesById, with_dtypes
+from fastopt.report import LoadReport, SaveReport
 from fastopt.snapshot import snapshot
-from fastopt.state_dict import StateDict, cast_by, load_checked, state_dict
-from fastopt.text import counted, dtype_name, duration, listed, size, some
+from fastopt.state_dict import StateDict, cast_by, load_checked
+from fastopt.text import listed
+from fastopt.writing import Ready, ready, write_in_turn, write_ready
 
 DEPTH = 3
 """Levels of a checkpoint at which a state dict is looked for, to say where one is."""
-
-
-@dataclass
-class SaveReport:
-    """What `save` did. Prints as a few lines."""
-
-    path: str
-    tensors: int
-    bytes_written: int
-    """The size of the file."""
-    seconds: float
-    casts: dict[tuple[torch.dtype, torch.dtype], CastCount] = field(default_factory=dict)
-    """Tensors that have another dtype in the file, by their own and that one."""
-    unused_patterns: list[str] = field(default_factory=list)
-    """Keys and patterns of `dtype` that fitted no key of the state."""
-
-    def __str__(self) -> str:
-        rate = f", {size(self.bytes_written / self.seconds)}/s" if self.seconds else ""
-        lines = [
-            f"saved {counted(self.tensors, 'tensor')} in {duration(self.seconds)}: {self.path}, "
-            f"{size(self.bytes_written)}{rate}"
-        ]
-        for (source, target), count in self.casts.items():
-            lines.append(f"  cast {count.tensors:,} from {dtype_name(source)} to {dtype_name(target)}")
-        if self.unused_patterns:
-            lines.append(f"  no key of the state fits {some(self.unused_patterns)}, given in dtype")
-        return "\n".join(lines)
 
 
 @overload
@@ -70,19 +40,26 @@ def save(
 ) -> Future[SaveReport]: ...
 
 
+@overload
+def save(
+    optimizer: Optimizer, path: str | os.PathLike[str], *, dtype: DTypes | None = None, background: bool
+) -> SaveReport | Future[SaveReport]: ...
+
+
 def save(
     optimizer: Optimizer, path: str | os.PathLike[str], *, dtype: DTypes | None = None, background: bool = False
 ) -> SaveReport | Future[SaveReport]:
-    """Write the state of an optimizer to a file.
+    """Write the state of an optimizer to a file or a folder, in the format that its name asks for (docs/formats.md).
 
-    A name that ends with `.safetensors` makes it one of the safetensors library (docs/formats.md); any other, one that
-    `torch.load(path, weights_only=True)` reads. An existing file is replaced at once and as a whole, and is on the disk
+    A name that ends with `.safetensors`, in upper or lower case, makes it a file of the safetensors library; one that
+    ends with `.dcp` or `/`, or that is a folder's, a folder of torch.distributed.checkpoint; any other, a file that
+    `torch.load(path, weights_only=True)` reads. What is there is replaced at once and as a whole, and is on the disk
     when this is done: after a crash or a loss of power at any moment the old file or the new one is there, whole. The
     hooks of saving run.
 
     Args:
         optimizer: the optimizer; its state must not change meanwhile, unless it is saved in the background.
-        path: the file.
+        path: the file or folder. A symbolic link stays one, and what it leads to is replaced.
         dtype: a floating dtype for the saved copy of floating state other than `step`; None keeps the dtypes. Or a dict
             by key, as the `policy` of `load_state_dict`; keys that it does not fit keep theirs. Tensors are cast piece
             by piece as they are written.
@@ -96,7 +73,7 @@ def save(
         The report; with `background` a Future whose result it is, and whose `result()` raises the errors of writing.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: it cannot be written; or there is something else than a file or a checkpoint's folder.
         TypeError, ValueError: the state holds something that has no place in the format, and the text says where; or
             `dtype` makes no policy.
         BackgroundSaveError: an earlier save in the background, to whatever path, has failed, and nobody has asked its
@@ -109,30 +86,7 @@ def save(
         future = in_background(optimizer, path, partial(copied, optimizer, dtype), partial(write_ready, path))
         raise_unasked(f"the save to {os.fspath(path)} goes on in the background", future)
         return future
-    with in_turn(path):
-        report = write_ready(path, ready(optimizer, dtype))
-    raise_unasked(f"the save to {os.fspath(path)} is done")
-    return report
-
-
-class Ready(NamedTuple):
-    """What is to be written."""
-
-    started: float
-    saved: StateDict
-    dtypes: DTypesById | None
-    """Those that tensors get while they are written."""
-    report: LoadReport
-    """The casts that are done, or are to be done then."""
-
-
-def ready(optimizer: Optimizer, dtype: DTypes | None) -> Ready:
-    """The live state of an optimizer."""
-    started = time.perf_counter()
-    saved = state_dict(optimizer)
-    if dtype is None:
-        return Ready(started, saved, None, LoadReport(""))
-    return Ready(started, *with_dtypes(optimizer, saved, dtype))
+    return write_in_turn(path, partial(ready, optimizer, dtype))
 
 
 def copied(optimizer: Optimizer, dtype: DTypes | None) -> Ready:
@@ -140,24 +94,6 @@ def copied(optimizer: Optimizer, dtype: DTypes | None) -> Ready:
     started = time.perf_counter()
     taken = snapshot(optimizer, dtype=dtype)
     return Ready(started, taken.state_dict(), None, taken.report)
-
-
-def write_ready(path: str | os.PathLike[str], what: Ready) -> SaveReport:
-    """Write what is to be written."""
-    formats.write(path, what.saved, what.dtypes)
-    seconds = time.perf_counter() - what.started
-    casts = {pair: count for pair, count in what.report.casts.items() if pair[0] != pair[1]}
-    tensors = count_tensors(what.saved["state"])
-    return SaveReport(os.fspath(path), tensors, formats.size_of(path), seconds, casts, what.report.unused_patterns)
-
-
-def count_tensors(value: Any) -> int:
-    """Tensors in a value, which may be one or a container of any kind."""
-    if isinstance(value, torch.Tensor):
-        return 1
-    if type(value) is dict:
-        return sum(map(count_tensors, value.values()))
-    return sum(isinstance(place.value, torch.Tensor) for place in places(value))
 
 
 def load(
@@ -206,6 +142,7 @@ def load(
 
     After any error the optimizer is as it was, as far as `load_state_dict` says.
     """
+    await_saves(path)
     started = time.perf_counter()
     saved = read_state_dict(path, key, safe_globals, verify)
     if transform is not None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
-from fastopt.checkpoint import SaveReport, count_tensors, read_state_dict
+from fastopt.checkpoint import read_state_dict
 from fastopt.cli.outcome import KEY_HELP, SAME, Outcome, as_json
 from fastopt.files import formats
 from fastopt.policy import DTYPE_RULES
+from fastopt.report import SaveReport
 from fastopt.saving import converted
 from fastopt.text import dtype_name
+from fastopt.writing import count_tensors
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
