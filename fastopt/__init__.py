@@ -1,10 +1,18 @@
 """Loads, saves, casts and moves very large PyTorch optimizer states, with torch's meaning at the memory's speed."""
 
+from fastopt import startup as startup  # before anything that imports torch
 from fastopt.audit import AuditCount
 from fastopt.backends import BackendInfo, backend
 from fastopt.batch import copy_, to
 from fastopt.checkpoint import load, save
-from fastopt.errors import BackgroundSaveError, CheckpointError
+from fastopt.errors import (
+    BackgroundSaveError,
+    CheckpointError,
+    NoChecksumsError,
+    NoStateDictError,
+    OverlapError,
+    UnsafeGlobalsError,
+)
 from fastopt.inspection import Diff, Problem, Summary, check, diff, summary
 from fastopt.matching import match
 from fastopt.patch import install, installed, uninstall
@@ -20,10 +28,14 @@ __all__ = [
     "CheckpointError",
     "Diff",
     "LoadReport",
+    "NoChecksumsError",
+    "NoStateDictError",
+    "OverlapError",
     "Problem",
     "SaveReport",
     "Snapshot",
     "Summary",
+    "UnsafeGlobalsError",
     "backend",
     "cast_state",
     "check",

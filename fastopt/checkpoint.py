@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 from torch.optim import Optimizer
 
 from fastopt.background import await_saves, in_background, raise_unasked
+from fastopt.errors import NoStateDictError
 from fastopt.files import formats
 from fastopt.files.torch_file import SafeGlobal
 from fastopt.flattened import is_flattened, unflattened
@@ -74,8 +75,8 @@ def save(
 
     Raises:
         OSError: it cannot be written; or there is something else than a file or a checkpoint's folder.
-        TypeError, ValueError: the state holds something that has no place in the format, and the text says where; or
-            `dtype` makes no policy.
+        TypeError, ValueError: the state holds something that has no place in the format, as what
+            `torch.load(weights_only=True)` would not read, and the text says where; or `dtype` makes no policy.
         BackgroundSaveError: an earlier save in the background, to whatever path, has failed, and nobody has asked its
             Future; this save is done all the same, or goes on in the background. Where no other save follows, the error
             is written to stderr at exit, and the exit code is 120.
@@ -121,9 +122,9 @@ def load(
         key: where in the checkpoint the state dict is: `"optimizer"`, or a path of keys and indices as
             `"optimizer_states.0"`, which is Lightning's. None: the whole file is the state dict.
         transform: what is done to the state dict before it is loaded, as `lambda saved: fastopt.match(saved,
-            optimizer)`.
+            optimizer)`. It gets the tensors of the file, not read yet, and returns a state dict.
         safe_globals: classes and functions that the file may name besides those that `torch.load(weights_only=True)`
-            takes.
+            takes; one that has another name in the file, in a tuple with it.
         verify: whether all of the file's data is read once more before, and held against its checksums.
         policy: as in `load_state_dict`; so are the others.
         device: the device that state goes to.
@@ -136,8 +137,10 @@ def load(
     Raises:
         OSError: the file cannot be opened.
         CheckpointError: it is no checkpoint, or a damaged one; or it has no checksums and `verify` asks for them.
-        pickle.UnpicklingError: the file names classes or functions that are not allowed; the text lists them.
-        KeyError: there is no state dict at `key`; the text says where there are some.
+        UnsafeGlobalsError (a pickle.UnpicklingError): the file names classes or functions that are not allowed; the
+            text lists them.
+        NoStateDictError (a KeyError): there is no state dict at `key`; the text says where there are some.
+        BackgroundSaveError: what was to be saved to the path could not be, and nobody has asked the save's Future.
         Exception: what torch raises for a file that is damaged, or what `load_state_dict` raises.
 
     After any error the optimizer is as it was, as far as `load_state_dict` says.
@@ -170,10 +173,14 @@ def read_state_dict(
     """The state dict that a file holds, whose tensors are not read yet.
 
     Raises:
-        KeyError: there is none at `key`.
+        NoStateDictError: there is none at `key`.
         Exception: what `formats.read` raises.
     """
-    content = formats.read(path, safe_globals, verify)
+    if not (key is None or isinstance(key, str)):
+        raise TypeError(
+            f"key is {key!r:.100}, a {type(key).__name__}, and not a str, as 'optimizer' or 'optimizer_states.0'"
+        )
+    content = formats.read(path, checked_globals(safe_globals), verify)
     found = content if key is None else value_at(content, key)
     if is_flattened(found):
         found = unflattened(found)
@@ -182,16 +189,34 @@ def read_state_dict(
             f"{os.fspath(path)} is no state dict" if key is None else f"{os.fspath(path)} has no state dict at {key!r}"
         )
         candidates = list(state_dicts_in(content))
-        hint = f"; pass key={' or '.join(map(repr, candidates))}" if candidates else top_level(content)
-        raise KeyError(there + hint)
+        raise NoStateDictError(there if candidates else there + top_level(content), candidates)
     return found  # type: ignore[no-any-return]
+
+
+def checked_globals(given: Iterable[SafeGlobal]) -> list[SafeGlobal]:
+    """What the caller allows.
+
+    Raises:
+        TypeError: it is no list, or something in it is no class or function.
+    """
+    if isinstance(given, str) or callable(given) or not isinstance(given, Iterable):
+        raise TypeError(f"safe_globals is {given!r:.100}, and not a list of classes and functions")
+    allowed = list(given)
+    for index, item in enumerate(allowed):
+        what, *names = item if isinstance(item, tuple) else (item,)
+        if not callable(what) or not all(isinstance(name, str) for name in names) or len(names) > 1:
+            raise TypeError(
+                f"safe_globals[{index}] is {item!r:.100}, and not a class or function, nor a tuple of one and its name "
+                "in the file"
+            )
+    return allowed
 
 
 def value_at(content: Any, key: str) -> Any:
     """The value at a path of keys and indices; None where there is none."""
     if isinstance(content, Mapping) and key in content:
         return content[key]
-    first, _, rest = key.partition(".")
+    first, dot, rest = key.partition(".")
     if isinstance(content, Mapping):
         options = [first, int(first)] if first.isdecimal() else [first]
         inner = next((content[option] for option in options if option in content), None)
@@ -199,7 +224,7 @@ def value_at(content: Any, key: str) -> Any:
         inner = content[int(first)]
     else:
         return None
-    return value_at(inner, rest) if rest else inner
+    return value_at(inner, rest) if dot else inner
 
 
 def is_state_dict(value: Any) -> bool:

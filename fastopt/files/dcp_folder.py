@@ -19,6 +19,7 @@ from fastopt.files.dcp_metadata import Chunk, Index, Place, TensorEntry
 from fastopt.files.dcp_shards import Known, Shard
 from fastopt.files.dcp_tree import check_reversible, leaves, tree
 from fastopt.files.torch_file import SafeGlobal
+from fastopt.files.torch_readable import check_readable
 
 
 def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> Any:
@@ -38,7 +39,7 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
 
     Raises:
         OSError: a file of it cannot be opened.
-        pickle.UnpicklingError: it names classes or functions that are not allowed; the text lists them.
+        UnsafeGlobalsError: it names classes or functions that are not allowed; the text lists them.
         CheckpointError: it is no such folder, or damaged; the text names file and entry.
     """
     folder, allowed = Path(path), list(allowed)
@@ -103,7 +104,7 @@ def verify(path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: a file of it cannot be opened.
-        pickle.UnpicklingError: its metadata names classes or functions that are not allowed.
+        UnsafeGlobalsError: its metadata names classes or functions that are not allowed.
         CheckpointError: it is damaged; the text names file and entry.
     """
     folder = Path(path)
@@ -156,7 +157,7 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
 
     Raises:
         OSError: it cannot be written, or holds other files.
-        TypeError: a key would not come back as it is.
+        TypeError: a key would not come back as it is, or `torch.load(weights_only=True)` would not read a value.
         ValueError: two entries have one name (`{"a.b": …}` beside `{"a": {"b": …}}`), or a tensor is a part of one that
             several processes hold.
 
@@ -167,8 +168,16 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     if not isinstance(content, Mapping):
         raise TypeError(f"a folder of torch.distributed.checkpoint holds a dict, not a {type(content).__name__}")
     check_reversible(content, tree(leaves(content)))
+    check_readable((path, as_saved(value)) for path, value in leaves(content))
     with replacing_folder(path, is_own) as folder:
         dcp_writer.save(folder, content)
+
+
+def as_saved(value: Any) -> Any:
+    """What `torch.save` gets of an entry: of a tensor no attributes, and of a sharded one plain parts."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return None if hasattr(value, "__create_write_items__") else value.detach()
 
 
 def is_own(name: str) -> bool:

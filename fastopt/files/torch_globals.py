@@ -51,7 +51,7 @@ class Finder:
 
     def unsafe(self) -> list[str]:
         """What is not allowed."""
-        allowed = _weights_only_unpickler._get_allowed_globals().keys()  # type: ignore[no-untyped-call]
+        allowed = _weights_only_unpickler._get_allowed_globals().keys()
         allowed |= _weights_only_unpickler._get_user_allowed_globals().keys()  # type: ignore[no-untyped-call]
         return sorted(self.names - allowed)
 

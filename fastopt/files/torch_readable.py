@@ -141,5 +141,5 @@ class Unpickler(_weights_only_unpickler.Unpickler):
         """A storage, without memory."""
         _, kind, _, _, count = pid
         dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-        storage = torch.UntypedStorage(count * dtype.itemsize, device="meta")
-        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+        storage = torch.UntypedStorage(count * dtype.itemsize, device="meta")  # type: ignore[no-untyped-call]
+        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
