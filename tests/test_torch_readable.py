@@ -295,7 +295,18 @@ def test_all_that_a_file_needs_is_listed_at_once(tmp_path, kind, value):
 
 
 def test_only_what_is_not_allowed_yet_is_listed(tmp_path):
-    torch.save({"state": {}, "param_groups": [], "odd": [Setting(), numpy.float64(1)]}, tmp_path / "a.pt")
+    odd = [
+        Setting(),
+        numpy.float64(1),
+        {1},
+        1j,
+        b"a",
+        bytearray(b"a"),
+        ordered(),
+        torch.Size([1]),
+        torch.eye(2).to_sparse(),
+    ]
+    torch.save({"state": {}, "param_groups": [], "odd": odd}, tmp_path / "a.pt")
     with pytest.raises(fastopt.UnsafeGlobalsError) as caught:
         fastopt.load(adam(), tmp_path / "a.pt", safe_globals=[Setting, numpy.dtype])
     assert list(caught.value.names) == ["numpy._core.multiarray.scalar", "numpy.dtypes.Float64DType"]

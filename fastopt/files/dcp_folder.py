@@ -12,7 +12,7 @@ from torch.serialization import safe_globals
 
 from fastopt.chunked import ChunkedTensor, Part
 from fastopt.collector import paused_collector
-from fastopt.errors import CheckpointError
+from fastopt.errors import CheckpointError, UnsafeGlobalsError
 from fastopt.files import dcp_metadata
 from fastopt.files.atomic_folder import replacing_folder
 from fastopt.files.dcp_metadata import Chunk, Index, Place, TensorEntry
@@ -89,17 +89,31 @@ def wanted_by_file(index: Index) -> dict[str, list[Wanted]]:
 
 
 def read_places(folder: Path, index: Index) -> dict[Place, Any]:
-    """What is at each place, file by file and in their order."""
+    """What is at each place, file by file and in their order.
+
+    Raises:
+        UnsafeGlobalsError: values name what is not allowed; the error is about all of them.
+        CheckpointError: something is damaged.
+    """
     known = Known()
     found: dict[Place, Any] = {}
+    unsafe: dict[str, str] = {}
     for file, wanted in wanted_by_file(index).items():
         with opened(folder / file, wanted, known) as shard:
             for place, name, dtype, sizes in wanted:
-                found[place] = shard.value(place, name) if dtype is None else shard.tensor(place, name, dtype, sizes)
+                try:
+                    value = shard.value(place, name) if dtype is None else shard.tensor(place, name, dtype, sizes)
+                except UnsafeGlobalsError as error:
+                    for global_name in error.names:
+                        unsafe.setdefault(global_name, error.where)
+                else:
+                    found[place] = value
+    if unsafe:
+        raise UnsafeGlobalsError(next(iter(unsafe.values())), sorted(unsafe))
     return found
 
 
-def verify(path: str | os.PathLike[str]) -> None:
+def verify(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> None:
     """Hold all data of a folder against its checksums, which torch writes with every entry.
 
     Raises:
@@ -108,7 +122,7 @@ def verify(path: str | os.PathLike[str]) -> None:
         CheckpointError: it is damaged; the text names file and entry.
     """
     folder = Path(path)
-    for file, wanted in wanted_by_file(dcp_metadata.read(folder)).items():
+    for file, wanted in wanted_by_file(dcp_metadata.read(folder, allowed)).items():
         with opened(folder / file, wanted, Known()) as shard:
             for one in wanted:
                 shard.verify(one.place, one.name)

@@ -44,7 +44,7 @@ def read(path: str | os.PathLike[str], allowed: Iterable[torch_file.SafeGlobal] 
         return safetensors_file.read(path, verify)
     if found == "dcp":
         if verify:
-            dcp_folder.verify(path)
+            dcp_folder.verify(path, allowed)
         return dcp_folder.read(path, allowed)
     if verify:
         torch_file.verify(path)

@@ -6,6 +6,7 @@ import zipfile
 from typing import IO, Any
 
 from torch import _weights_only_unpickler
+from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
 LEGACY_PICKLES = 4
 """Those at the beginning of a file from before torch 1.6; the last of these is the content."""
@@ -17,43 +18,33 @@ def unsafe_globals(file: IO[bytes]) -> list[str]:
     These are what its pickle names, and the classes of numpy's dtypes, which numpy makes of texts in it: torch asks for
     them as well, one after the other. Nothing is imported but numpy, if the file names it.
     """
-    finder = Finder()
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 [name] = [name for name in archive.namelist() if name.partition("/")[2] == "data.pkl"]
-                finder.look_at(io.BytesIO(archive.read(name)))
-        else:
-            file.seek(0)
-            for _ in range(LEGACY_PICKLES):
-                finder.look_at(file)
-    except Exception:  # a pickle that cannot be read to its end is no business of this function's
+                return unsafe_globals_in(archive.read(name))
+        file.seek(0)
+        return unsafe(file, LEGACY_PICKLES)
+    except Exception:  # of a file that is damaged, which is no business of this function's
         return []
-    return finder.unsafe()
 
 
 def unsafe_globals_in(content: bytes) -> list[str]:
     """The same for a pickle."""
-    finder = Finder()
-    finder.look_at(io.BytesIO(content))
-    return finder.unsafe()
+    return unsafe(io.BytesIO(content), 1)
 
 
-class Finder:
-    """Gathers what pickles need."""
-
-    def __init__(self) -> None:
-        self.names: set[str] = set()
-
-    def look_at(self, file: IO[bytes]) -> None:
-        """Read one pickle."""
-        Unpickler(file, self.names).load()
-
-    def unsafe(self) -> list[str]:
-        """What is not allowed."""
-        allowed = _weights_only_unpickler._get_allowed_globals().keys()
-        allowed |= _weights_only_unpickler._get_user_allowed_globals().keys()  # type: ignore[no-untyped-call]
-        return sorted(self.names - allowed)
+def unsafe(file: IO[bytes], count: int) -> list[str]:
+    """The same for so many pickles in a row."""
+    names: set[str] = set()
+    try:
+        for _ in range(count):
+            Unpickler(file, names).load()
+    except Exception:  # pickle has many for what it cannot read, and the stand-ins cannot be everything
+        return []
+    allowed = _weights_only_unpickler._get_allowed_globals().keys()
+    allowed |= _weights_only_unpickler._get_user_allowed_globals().keys()  # type: ignore[no-untyped-call]
+    return sorted(names - allowed)
 
 
 class Unpickler(pickle._Unpickler):  # the one in C makes room for as many objects as a damaged pickle says
@@ -64,7 +55,8 @@ class Unpickler(pickle._Unpickler):  # the one in C makes room for as many objec
         self.names = names
 
     def find_class(self, module: str, name: str) -> Any:
-        """A stand-in."""
+        """A stand-in for what has this name in Python 2, as pickles of protocol 2 have it."""
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         self.names.add(f"{module}.{name}")
         return type(name, (NumpyDtype if (module, name) == ("numpy", "dtype") else StandIn,), {"names": self.names})
 
@@ -77,15 +69,13 @@ class StandIn:
     """Takes whatever a pickle gives it."""
 
     names: set[str]
+    given: tuple[Any, ...]
 
     def __new__(cls, *given: Any, **_: Any) -> "StandIn":
         """As anything is made."""
         self = super().__new__(cls)
         self.given = given
         return self
-
-    def __init__(self, *given: Any, **_: Any) -> None:
-        self.given: tuple[Any, ...] = given
 
     def take(self, *_: Any) -> None:
         """Anything."""

@@ -16,7 +16,6 @@ from torch import _weights_only_unpickler
 from fastopt.files.metadata import Path, place
 from fastopt.files.torch_globals import unsafe_globals_in
 from fastopt.files.torch_pickle import records_of
-from fastopt.text import listed
 
 ATOMS = (type(None), bool, float, str)
 TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -105,9 +104,10 @@ def raise_if_refused(where: str, value: Any) -> None:
         raise
     if (reason := refusal(content)) is not None:
         kind, names = type(value), unsafe_globals_in(content)
+        why = f"it would name {', '.join(names)}" if names else reason
         raise TypeError(
             f"{where} is of type {kind.__module__}.{kind.__qualname__}, and torch.load(weights_only=True) would not "
-            f"read the file: {f'it would name {listed(names, len(names))}' if names else reason}; save another value, "
+            f"read the file: {why}; save another value, "
             "or allow these by torch.serialization.add_safe_globals, here and where the file is loaded"
         )
 
