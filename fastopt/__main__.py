@@ -2,6 +2,6 @@
 
 import sys
 
-from fastopt.cli import main
+from fastopt.cli import command
 
-sys.exit(main())
+sys.exit(command())

@@ -78,9 +78,14 @@ class Saves:
     def enter(self, save: Save[Any], owner: Any = None) -> list[Save[Any]]:
         """Take up a save; returns those that it has to wait for."""
         with self.lock:
-            before = [other for other in self.unfinished if save.comes_after(other)]
+            before = self.before(save)
             self.unfinished[save] = owner
             return before
+
+    def before(self, save: Save[Any]) -> list[Save[Any]]:
+        """Those that a save has to wait for."""
+        with self.lock:
+            return [other for other in self.unfinished if save.comes_after(other)]
 
     def leave(self, save: Save[Any]) -> None:
         """Let go of a save."""
@@ -105,12 +110,12 @@ class Saves:
             if save in self.failed:
                 self.failed.remove(save)
 
-    def take_failed(self, but: Future[Any] | None = None) -> list[Save[Any]]:
-        """Those that nobody has asked about so far."""
+    def take_failed(self, but: Future[Any] | None = None, path: str | None = None) -> list[Save[Any]]:
+        """Those that nobody has asked about so far: all, or those to a path."""
         with self.lock:
-            failed = [save for save in self.failed if save is not but]
-            self.failed = [save for save in self.failed if save is but]
-            return failed
+            taken = [save for save in self.failed if save is not but and path in (None, save.path)]
+            self.failed = [save for save in self.failed if save not in taken]
+            return taken
 
     def run(self, save: Save[T], before: list[Save[Any]], work: Callable[[], T]) -> None:
         """What the thread of a save does."""
@@ -201,6 +206,18 @@ def in_turn(path: str | os.PathLike[str]) -> Iterator[None]:
         saves.leave(save)
 
 
+def await_saves(path: str | os.PathLike[str]) -> None:
+    """Wait for the saves to a path that were asked for before, so that it can be read.
+
+    Raises:
+        BackgroundSaveError: the path does not hold what was to be saved there, as that failed, and nobody has asked
+            about it.
+    """
+    reader: Save[None] = Save(path, threading.get_ident())
+    concurrent.futures.wait(saves.before(reader))
+    raise_failed(saves.take_failed(path=reader.path), f"nothing is loaded from {os.fspath(path)}, which is as it was")
+
+
 def raise_unasked(fate: str, present: Future[Any] | None = None) -> None:
     """Raise what went wrong in earlier saves, unless somebody asked.
 
@@ -211,7 +228,12 @@ def raise_unasked(fate: str, present: Future[Any] | None = None) -> None:
     Raises:
         BackgroundSaveError: caused by the first of those errors.
     """
-    if failed := saves.take_failed(present):
+    raise_failed(saves.take_failed(present), fate)
+
+
+def raise_failed(failed: list[Save[Any]], fate: str) -> None:
+    """Raise an error, caused by the first of those of some saves, if there are any."""
+    if failed:
         texts = [failure(save) for save in failed]
         error = BackgroundSaveError(f"{texts[0]}; {fate}")
         for text in texts[1:]:

@@ -4,56 +4,29 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch.optim import Optimizer
 
-from fastopt.background import in_background, in_turn, raise_unasked
+from fastopt.background import await_saves, in_background, raise_unasked
 from fastopt.casting import Cast
+from fastopt.errors import NoStateDictError
 from fastopt.files import formats
 from fastopt.files.in_file import where_cut_short
 from fastopt.files.torch_file import SafeGlobal
 from fastopt.flattened import is_flattened, unflattened
 from fastopt.inspection.places import places
 from fastopt.policy import Devices, DTypes, Policy
-from fastopt.report import CastCount, LoadReport
-from fastopt.saving import DTypesById, with_dtypes
+from fastopt.report import LoadReport, SaveReport
 from fastopt.snapshot import snapshot
-from fastopt.state_dict import MakeCast, StateDict, cast_by, load_checked, state_dict
-from fastopt.text import counted, dtype_name, duration, listed, size, some
+from fastopt.state_dict import MakeCast, StateDict, cast_by, load_checked
+from fastopt.text import listed
+from fastopt.writing import Ready, ready, write_in_turn, write_ready
 
 DEPTH = 3
 """Levels of a checkpoint at which a state dict is looked for, to say where one is."""
-
-
-@dataclass
-class SaveReport:
-    """What `save` did. Prints as a few lines."""
-
-    path: str
-    tensors: int
-    bytes_written: int
-    """The size of the file."""
-    seconds: float
-    casts: dict[tuple[torch.dtype, torch.dtype], CastCount] = field(default_factory=dict)
-    """Tensors that have another dtype in the file, by their own and that one."""
-    unused_patterns: list[str] = field(default_factory=list)
-    """Keys and patterns of `dtype` that fitted no key of the state."""
-
-    def __str__(self) -> str:
-        rate = f", {size(self.bytes_written / self.seconds)}/s" if self.seconds else ""
-        lines = [
-            f"saved {counted(self.tensors, 'tensor')} in {duration(self.seconds)}: {self.path}, "
-            f"{size(self.bytes_written)}{rate}"
-        ]
-        for (source, target), count in self.casts.items():
-            lines.append(f"  cast {count.tensors:,} from {dtype_name(source)} to {dtype_name(target)}")
-        if self.unused_patterns:
-            lines.append(f"  no key of the state fits {some(self.unused_patterns)}, given in dtype")
-        return "\n".join(lines)
 
 
 @overload
@@ -72,19 +45,26 @@ def save(
 ) -> Future[SaveReport]: ...
 
 
+@overload
+def save(
+    optimizer: Optimizer, path: str | os.PathLike[str], *, dtype: DTypes | None = None, background: bool
+) -> SaveReport | Future[SaveReport]: ...
+
+
 def save(
     optimizer: Optimizer, path: str | os.PathLike[str], *, dtype: DTypes | None = None, background: bool = False
 ) -> SaveReport | Future[SaveReport]:
-    """Write the state of an optimizer to a file.
+    """Write the state of an optimizer to a file or a folder, in the format that its name asks for (docs/formats.md).
 
-    A name that ends with `.safetensors` makes it one of the safetensors library (docs/formats.md); any other, one that
-    `torch.load(path, weights_only=True)` reads. An existing file is replaced at once and as a whole, and is on the disk
+    A name that ends with `.safetensors`, in upper or lower case, makes it a file of the safetensors library; one that
+    ends with `.dcp` or `/`, or that is a folder's, a folder of torch.distributed.checkpoint; any other, a file that
+    `torch.load(path, weights_only=True)` reads. What is there is replaced at once and as a whole, and is on the disk
     when this is done: after a crash or a loss of power at any moment the old file or the new one is there, whole. The
     hooks of saving run.
 
     Args:
         optimizer: the optimizer; its state must not change meanwhile, unless it is saved in the background.
-        path: the file.
+        path: the file or folder. A symbolic link stays one, and what it leads to is replaced.
         dtype: a floating dtype for the saved copy of floating state other than `step`; None keeps the dtypes. Or a dict
             by key, as the `policy` of `load_state_dict`; keys that it does not fit keep theirs. Tensors are cast piece
             by piece as they are written.
@@ -98,9 +78,9 @@ def save(
         The report; with `background` a Future whose result it is, and whose `result()` raises the errors of writing.
 
     Raises:
-        OSError: the file cannot be written.
-        TypeError, ValueError: the state holds something that has no place in the format, and the text says where; or
-            `dtype` makes no policy.
+        OSError: it cannot be written; or there is something else than a file or a checkpoint's folder.
+        TypeError, ValueError: the state holds something that has no place in the format, as what
+            `torch.load(weights_only=True)` would not read, and the text says where; or `dtype` makes no policy.
         BackgroundSaveError: an earlier save in the background, to whatever path, has failed, and nobody has asked its
             Future; this save is done all the same, or goes on in the background. Where no other save follows, the error
             is written to stderr at exit, and the exit code is 120.
@@ -114,30 +94,7 @@ def save(
         future = in_background(optimizer, place, partial(copied, optimizer, dtype), partial(write_ready, path, place))
         raise_unasked(f"the save to {os.fspath(path)} goes on in the background", future)
         return future
-    with in_turn(path):
-        report = write_ready(path, path, ready(optimizer, dtype))
-    raise_unasked(f"the save to {os.fspath(path)} is done")
-    return report
-
-
-class Ready(NamedTuple):
-    """What is to be written."""
-
-    started: float
-    saved: StateDict
-    dtypes: DTypesById | None
-    """Those that tensors get while they are written."""
-    report: LoadReport
-    """The casts that are done, or are to be done then."""
-
-
-def ready(optimizer: Optimizer, dtype: DTypes | None) -> Ready:
-    """The live state of an optimizer."""
-    started = time.perf_counter()
-    saved = state_dict(optimizer)
-    if dtype is None:
-        return Ready(started, saved, None, LoadReport(""))
-    return Ready(started, *with_dtypes(optimizer, saved, dtype))
+    return write_in_turn(path, partial(ready, optimizer, dtype))
 
 
 def copied(optimizer: Optimizer, dtype: DTypes | None) -> Ready:
@@ -145,24 +102,6 @@ def copied(optimizer: Optimizer, dtype: DTypes | None) -> Ready:
     started = time.perf_counter()
     taken = snapshot(optimizer, dtype=dtype)
     return Ready(started, taken.state_dict(), None, taken.report)
-
-
-def write_ready(path: str | os.PathLike[str], place: str | os.PathLike[str], what: Ready) -> SaveReport:
-    """Write what is to be written; `path` is what the user calls the place."""
-    formats.write(place, what.saved, what.dtypes)
-    seconds = time.perf_counter() - what.started
-    casts = {pair: count for pair, count in what.report.casts.items() if pair[0] != pair[1]}
-    tensors = count_tensors(what.saved["state"])
-    return SaveReport(os.fspath(path), tensors, formats.size_of(place), seconds, casts, what.report.unused_patterns)
-
-
-def count_tensors(value: Any) -> int:
-    """Tensors in a value, which may be one or a container of any kind."""
-    if isinstance(value, torch.Tensor):
-        return 1
-    if type(value) is dict:
-        return sum(map(count_tensors, value.values()))
-    return sum(isinstance(place.value, torch.Tensor) for place in places(value))
 
 
 def load(
@@ -191,9 +130,9 @@ def load(
         key: where in the checkpoint the state dict is: `"optimizer"`, or a path of keys and indices as
             `"optimizer_states.0"`, which is Lightning's. None: the whole file is the state dict.
         transform: what is done to the state dict before it is loaded, as `lambda saved: fastopt.match(saved,
-            optimizer)`.
+            optimizer)`. It gets the tensors of the file, not read yet, and returns a state dict.
         safe_globals: classes and functions that the file may name besides those that `torch.load(weights_only=True)`
-            takes.
+            takes; one that has another name in the file, in a tuple with it.
         verify: whether all of the file's data is read once more before, and held against its checksums.
         policy: as in `load_state_dict`; so are the others.
         device: the device that state goes to.
@@ -207,12 +146,15 @@ def load(
         OSError: the file cannot be opened.
         CheckpointError: it is no checkpoint, or a damaged one, or a file that was written to meanwhile; or it has no
             checksums and `verify` asks for them.
-        pickle.UnpicklingError: the file names classes or functions that are not allowed; the text lists them.
-        KeyError: there is no state dict at `key`; the text says where there are some.
+        UnsafeGlobalsError (a pickle.UnpicklingError): the file names classes or functions that are not allowed; the
+            text lists them.
+        NoStateDictError (a KeyError): there is no state dict at `key`; the text says where there are some.
+        BackgroundSaveError: what was to be saved to the path could not be, and nobody has asked the save's Future.
         Exception: what torch raises for a file that is damaged, or what `load_state_dict` raises.
 
     After any error the optimizer is as it was, as far as `load_state_dict` says.
     """
+    await_saves(path)
     started = time.perf_counter()
     check = formats.check_of_change(path)
     saved = read_state_dict(path, key, safe_globals, verify)
@@ -259,10 +201,14 @@ def read_state_dict(
     """The state dict that a file holds, whose tensors are not read yet.
 
     Raises:
-        KeyError: there is none at `key`.
+        NoStateDictError: there is none at `key`.
         Exception: what `formats.read` raises.
     """
-    content = formats.read(path, safe_globals, verify)
+    if not (key is None or isinstance(key, str)):
+        raise TypeError(
+            f"key is {key!r:.100}, a {type(key).__name__}, and not a str, as 'optimizer' or 'optimizer_states.0'"
+        )
+    content = formats.read(path, checked_globals(safe_globals), verify)
     found = content if key is None else value_at(content, key)
     if is_flattened(found):
         found = unflattened(found)
@@ -271,16 +217,34 @@ def read_state_dict(
             f"{os.fspath(path)} is no state dict" if key is None else f"{os.fspath(path)} has no state dict at {key!r}"
         )
         candidates = list(state_dicts_in(content))
-        hint = f"; pass key={' or '.join(map(repr, candidates))}" if candidates else top_level(content)
-        raise KeyError(there + hint)
+        raise NoStateDictError(there if candidates else there + top_level(content), candidates)
     return found  # type: ignore[no-any-return]
+
+
+def checked_globals(given: Iterable[SafeGlobal]) -> list[SafeGlobal]:
+    """What the caller allows.
+
+    Raises:
+        TypeError: it is no list, or something in it is no class or function.
+    """
+    if isinstance(given, str) or callable(given) or not isinstance(given, Iterable):
+        raise TypeError(f"safe_globals is {given!r:.100}, and not a list of classes and functions")
+    allowed = list(given)
+    for index, item in enumerate(allowed):
+        what, *names = item if isinstance(item, tuple) else (item,)
+        if not callable(what) or not all(isinstance(name, str) for name in names) or len(names) > 1:
+            raise TypeError(
+                f"safe_globals[{index}] is {item!r:.100}, and not a class or function, nor a tuple of one and its name "
+                "in the file"
+            )
+    return allowed
 
 
 def value_at(content: Any, key: str) -> Any:
     """The value at a path of keys and indices; None where there is none."""
     if isinstance(content, Mapping) and key in content:
         return content[key]
-    first, _, rest = key.partition(".")
+    first, dot, rest = key.partition(".")
     if isinstance(content, Mapping):
         options = [first, int(first)] if first.isdecimal() else [first]
         inner = next((content[option] for option in options if option in content), None)
@@ -288,7 +252,7 @@ def value_at(content: Any, key: str) -> Any:
         inner = content[int(first)]
     else:
         return None
-    return value_at(inner, rest) if rest else inner
+    return value_at(inner, rest) if dot else inner
 
 
 def is_state_dict(value: Any) -> bool:

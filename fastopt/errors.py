@@ -5,7 +5,8 @@ shape it was about. Tracebacks show it, and programs find it in `error.__notes__
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +32,39 @@ class CheckpointError(ValueError):
 
 class NoChecksumsError(CheckpointError):
     """A checkpoint was to be verified, and has no checksums."""
+
+
+class UnsafeGlobalsError(pickle.UnpicklingError):
+    """A checkpoint names classes or functions that are not imported unless the caller allows them."""
+
+    def __init__(self, where: str, names: Sequence[str]) -> None:
+        super().__init__(where, names)
+        self.where = where
+        """The file, and the entry of it."""
+        self.names = names
+        """All of them, as `module.name`."""
+
+    def __str__(self) -> str:
+        return f"{self.what}; if you trust them, pass them as safe_globals=[...]"
+
+    @property
+    def what(self) -> str:
+        """What is wrong, without what to do about it."""
+        return f"{self.where} names {', '.join(self.names)}, which loading a checkpoint does not import"
+
+
+class NoStateDictError(KeyError):
+    """There is no state dict where one was looked for in a checkpoint."""
+
+    def __init__(self, what: str, candidates: Sequence[str]) -> None:
+        super().__init__(what, candidates)
+        self.what = what
+        """What is wrong, without what to do about it."""
+        self.candidates = candidates
+        """Keys at which there are some."""
+
+    def __str__(self) -> str:
+        return f"{self.what}; pass key={' or '.join(map(repr, self.candidates))}" if self.candidates else self.what
 
 
 def describe_tensor(tensor: torch.Tensor) -> str:

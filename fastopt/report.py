@@ -1,4 +1,4 @@
-"""What a load did, for people and for programs."""
+"""What a load or a save did, for people and for programs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -142,6 +142,33 @@ class LoadReport:
             lines += _audit_lines(state_key, f"{dtype_name(source)} to {dtype_name(target)}", seen)
         if self.unaudited:
             lines.append(f"  not audited, as not plain real numbers: {counted(self.unaudited, 'tensor')}")
+        return "\n".join(lines)
+
+
+@dataclass
+class SaveReport:
+    """What a save did. Prints as a few lines."""
+
+    path: str
+    tensors: int
+    bytes_written: int
+    """The size of the file, or of all files of a folder."""
+    seconds: float
+    casts: dict[tuple[torch.dtype, torch.dtype], CastCount] = field(default_factory=dict)
+    """Tensors that have another dtype in the file, by their own and that one."""
+    unused_patterns: list[str] = field(default_factory=list)
+    """Keys and patterns of `dtype` that fitted no key of the state."""
+
+    def __str__(self) -> str:
+        rate = f", {size(self.bytes_written / self.seconds)}/s" if self.seconds else ""
+        lines = [
+            f"saved {counted(self.tensors, 'tensor')} in {duration(self.seconds)}: {self.path}, "
+            f"{size(self.bytes_written)}{rate}"
+        ]
+        for (source, target), count in self.casts.items():
+            lines.append(f"  cast {count.tensors:,} from {dtype_name(source)} to {dtype_name(target)}")
+        if self.unused_patterns:
+            lines.append(f"  no key of the state fits {some(self.unused_patterns)}, given in dtype")
         return "\n".join(lines)
 
 

@@ -14,11 +14,11 @@ from fastopt.casting import Cast
 from fastopt.collector import paused_collector
 from fastopt.containers import tensors_of
 from fastopt.errors import check_bools
-from fastopt.files import torch_file
 from fastopt.inplace import CastInPlace, InPlace, check_inplace
 from fastopt.policy import DTypes, Policy, saving_policy
-from fastopt.report import LoadReport
+from fastopt.report import LoadReport, SaveReport
 from fastopt.state_dict import StateDict, deepcopied, id_map, load, state_dict
+from fastopt.writing import Ready, write_in_turn
 
 Origins = dict[int, tuple[torch.dtype, torch.device]]
 """Dtype and device of an original, by the identity of its copy, where the copy has others."""
@@ -67,12 +67,15 @@ class Snapshot:
         keep = {"*": "keep", "step": "keep"}
         return load(self._optimizer, self.state_dict(), partial(Cast, copy=True, policy=Policy(keep, keep)))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a file that `torch.load(path, weights_only=True)` reads.
+    def save(self, path: str | os.PathLike[str]) -> SaveReport:
+        """Write the state to a file or a folder as `fastopt.save` does, in the format that the name asks for.
 
-        An existing file is replaced at once and as a whole; where writing fails, it stays as it was.
+        Raises:
+            BackgroundSaveError: an earlier save in the background has failed, and nobody has asked its Future; this
+                save is done all the same.
+            Exception: what `fastopt.save` raises. What was there is as it was then.
         """
-        torch_file.write(path, self._copied)
+        return write_in_turn(path, lambda: Ready(time.perf_counter(), self._copied, None, self.report))
 
     def __repr__(self) -> str:
         name, size = type(self._optimizer).__name__, self.report.bytes_written

@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+import typing
 import weakref
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import fastopt
 from fastopt import background, checkpoint
+from fastopt.files import formats
 from tests.oracle import TORCH_STATE_DICT, Comparison, adam, train, trained
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -123,6 +125,12 @@ def test_the_dtypes_and_the_report_are_those_of_a_save_at_once(path, name):
     assert report.unused_patterns == at_once.unused_patterns == ["exp_av"]
 
 
+def test_background_may_be_a_variable():
+    """To type checkers as well: an overload takes any bool, and returns either."""
+    kinds = [typing.get_type_hints(overload)["background"] for overload in typing.get_overloads(fastopt.save)]
+    assert kinds == [typing.Literal[False], typing.Literal[True], bool]
+
+
 def test_a_dtype_that_makes_no_policy_is_an_error_at_once(path):
     with pytest.raises(ValueError, match="int8"):
         fastopt.save(trained(adam()), path, dtype=torch.int8, background=True)
@@ -175,6 +183,119 @@ def test_paths_are_compared_with_their_links_resolved(path, gate):
     future.result(AT_LAST)
     assert_holds(path, state_of(second))
     assert link.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a.dcp"])
+def test_a_load_waits_for_saves_to_its_path(path, gate, name):
+    path = path.with_name(name)
+    link = path.with_name(f"link-{name}")
+    link.symlink_to(path)
+    optimizers = [trained(adam(), seed=seed) for seed in range(2)]
+    futures = [fastopt.save(optimizer, path, background=True) for optimizer in optimizers]
+    loaded = adam()
+    thread = in_thread(lambda: fastopt.load(loaded, link))
+    thread.join(SOON)
+    assert thread.is_alive()
+    gate.event.set()
+    thread.join(AT_LAST)
+    assert all(future.done() for future in futures)
+    assert not fastopt.diff(loaded, optimizers[-1])
+
+
+def test_a_load_waits_for_a_save_of_another_thread(path, gate):
+    optimizer, loaded = trained(adam()), adam()
+    threads = [in_thread(lambda: fastopt.save(optimizer, path))]
+    gate.reached()
+    threads.append(in_thread(lambda: fastopt.load(loaded, path)))
+    threads[1].join(SOON)
+    assert threads[1].is_alive()
+    gate.event.set()
+    for thread in threads:
+        thread.join(AT_LAST)
+    Comparison().same(state_of(loaded), state_of(optimizer))
+
+
+def test_a_load_from_another_path_waits_for_nothing(path, gate):
+    gate.event.set()
+    optimizer = trained(adam())
+    fastopt.save(optimizer, path.with_name("other.pt"))
+    gate.event.clear()
+    fastopt.save(optimizer, path, background=True)
+    gate.reached()
+    fastopt.load(adam(), path.with_name("other.pt"))
+    assert gate.waiting == 1
+
+
+def test_a_load_within_a_save_does_not_wait_for_it(path, monkeypatch):
+    """As a signal's handler does that interrupts one."""
+    first, second, sync = trained(adam()), trained(adam(), seed=1), os.fsync
+    fastopt.save(first, path)
+
+    def interrupted(fd):
+        monkeypatch.setattr(os, "fsync", sync)
+        fastopt.load(second, path)
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    thread = in_thread(lambda: fastopt.save(trained(adam(), seed=2), path))
+    thread.join(AT_LAST)
+    assert not thread.is_alive()
+    Comparison().same(state_of(second), state_of(first))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_load_does_not_take_what_is_there_for_what_could_not_be_saved(path, gate, monkeypatch, waits):
+    """However soon it failed. The error is known then, and what is there can be loaded."""
+    gate.event.set()
+    first, second, loaded = trained(adam()), trained(adam(), seed=1), adam()
+    fastopt.save(first, path)
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *_: os.stat("/nowhere/at all"))
+    gate.event.clear()
+    fastopt.save(second, path, background=True)
+    if not waits:
+        gate.event.set()
+        all_over()
+    threading.Timer(SOON, gate.event.set).start()
+    with pytest.raises(fastopt.BackgroundSaveError, match="nothing is loaded from") as caught:
+        fastopt.load(loaded, path)
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+    assert not loaded.state
+    monkeypatch.setattr(os, "replace", replace)
+    fastopt.load(loaded, path)
+    Comparison().same(state_of(loaded), state_of(first))
+    fastopt.save(first, path)
+
+
+def test_errors_of_other_paths_are_left_to_the_next_save(path):
+    fastopt.save(trained(adam()), path)
+    fastopt.save(trained(adam()), path.with_name("missing") / "a.pt", background=True)
+    all_over()
+    fastopt.load(adam(), path)
+    with pytest.raises(fastopt.BackgroundSaveError, match="missing"):
+        fastopt.save(trained(adam()), path)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a.dcp"])
+def test_a_snapshot_is_saved_in_its_turn(path, gate, name):
+    path = path.with_name(name)
+    first, second = trained(adam()), trained(adam(), seed=1)
+    future = fastopt.save(first, path, background=True)
+    thread = in_thread(lambda: fastopt.snapshot(second).save(path))
+    thread.join(SOON)
+    assert thread.is_alive()
+    gate.event.set()
+    thread.join(AT_LAST)
+    assert future.done()
+    assert not fastopt.diff(formats.read(path), second)
+
+
+def test_saving_a_snapshot_tells_what_failed_before(path):
+    fastopt.save(trained(adam()), path.with_name("missing") / "a.pt", background=True)
+    all_over()
+    with pytest.raises(fastopt.BackgroundSaveError, match=r"missing.*is done"):
+        fastopt.snapshot(trained(adam())).save(path)
+    assert path.exists()
 
 
 def test_a_save_to_another_path_waits_for_nothing(path, gate):

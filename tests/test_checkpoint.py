@@ -1,8 +1,10 @@
 """`fastopt.save` and `fastopt.load`; `torch.save`, `torch.load` and torch's own load are the oracle."""
 
+import collections
 import copy as copying
 import io
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,17 @@ import pytest
 import torch
 
 import fastopt
-from tests.oracle import TORCH_STATE_DICT, Comparison, adam, assert_same_load, fingerprint, torch_load, train, trained
+from tests.oracle import (
+    TORCH_STATE_DICT,
+    Comparison,
+    adam,
+    assert_same_load,
+    fingerprint,
+    outcome,
+    torch_load,
+    train,
+    trained,
+)
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -141,6 +153,56 @@ def test_classes_can_be_allowed(path):
     assert "safe_globals=[...]" in str(caught.value)
     fastopt.load(optimizer, path, key="optimizer", safe_globals=[Setting])
     assert len(optimizer.state) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (Setting, "safe_globals is <class 'tests.test_checkpoint.Setting'>, and not a list of classes and functions"),
+        ("tests.Setting", "safe_globals is 'tests.Setting', and not a list"),
+        (3, "safe_globals is 3, and not a list"),
+        (["tests.Setting"], "safe_globals[0] is 'tests.Setting', and not a class or function"),
+        ([Setting, 3], "safe_globals[1] is 3, and not a class or function"),
+        ([(Setting, 3)], "and not a class or function, nor a tuple of one and its name in the file"),
+        ((Setting, "tests.Setting"), "safe_globals[1] is 'tests.Setting', and not"),
+        ([(Setting, "a", "b")], "nor a tuple of one and its name in the file"),
+    ],
+)
+def test_what_cannot_be_allowed(path, given, text):
+    fastopt.save(trained(adam()), path)
+    with pytest.raises(TypeError, match=re.escape(text)):
+        fastopt.load(adam(), path, safe_globals=given)
+
+
+@pytest.mark.parametrize("key", [3, ["optimizer"], b"optimizer", ("optimizer", 0)])
+def test_a_key_that_is_none(path, key):
+    torch.save({"optimizer": state_of(trained(adam())), 3: 4}, path)
+    with pytest.raises(TypeError, match=rf"key is {re.escape(repr(key))}, a {type(key).__name__}, and not a str"):
+        fastopt.load(adam(), path, key=key)
+
+
+@pytest.mark.parametrize("key", ["optimizer.", ".optimizer", "optimizer..", "", "optimizer.state."])
+def test_a_key_with_too_many_dots(path, key):
+    torch.save({"optimizer": state_of(trained(adam()))}, path)
+    with pytest.raises(fastopt.NoStateDictError, match="has no state dict at") as caught:
+        fastopt.load(adam(), path, key=key)
+    assert str(caught.value) == f"{path} has no state dict at {key!r}; pass key='optimizer'"
+    assert isinstance(caught.value, KeyError)
+
+
+def test_no_flipped_bit_is_an_error_of_unicode(path):
+    """Of those in headers and in the directory, whose names zip files have as texts, and of those in the pickle."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
+    fastopt.save(optimizer, path)
+    whole = path.read_bytes()
+    seen = collections.Counter()
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x80]) + whole[position + 1 :])
+        _, error = outcome(lambda: fastopt.load(optimizer, path))
+        assert not isinstance(error, UnicodeError), position
+        assert error is None or str(path) in "".join([str(error), *getattr(error, "__notes__", [])])
+        seen[type(error)] += 1
+    assert seen[fastopt.CheckpointError] > 10
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.9, 0.999])

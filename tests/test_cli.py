@@ -1,5 +1,6 @@
 """The command line."""
 
+import collections.abc
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -17,9 +19,11 @@ from fastopt import cli
 from fastopt.cli import main, progress
 from fastopt.cli.progress import Progress
 from fastopt.files import formats
+from tests import dcp
 from tests.oracle import adam, trained
 
 ROOT = Path(__file__).parent.parent
+FLOAT64 = numpy.dtypes.Float64DType
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -199,7 +203,9 @@ def test_convert_replaces_nothing_unless_told_to(files, tmp_path, capsys):
         (["--dtype", "exp_avg=Tensor"], "'Tensor' is no dtype of torch"),
         (["--dtype", "exp_avg="], "'' is no dtype of torch"),
         (["--dtype", "int8"], "int8 is no floating dtype"),
-        (["--dtype", "reference"], "a file has none of those"),
+        (["--dtype", "reference"], "'reference' is no dtype of torch"),
+        (["--safe-global", "nowhere.Class"], "cannot import 'nowhere.Class': No module named 'nowhere'"),
+        (["--safe-global", "math.pi"], "'math.pi' is no class or function"),
         (["--key", "model"], "has no state dict at 'model'"),
     ],
 )
@@ -212,6 +218,48 @@ def test_convert_refuses(files, tmp_path, arguments, said, capsys):
     assert code == 2
     assert said in one_line(capsys.readouterr().err)
     assert not target.exists()
+
+
+def test_a_source_that_is_missing_is_told_first(files, tmp_path, capsys):
+    assert main(["convert", str(tmp_path / "nowhere.pt"), files[0]]) == 2
+    assert one_line(capsys.readouterr().err).endswith(f"No such file or directory: '{tmp_path / 'nowhere.pt'}'\n")
+
+
+def flip_a_bit(path, value):
+    """Of the data of a tensor, in a file or in one of a folder."""
+    for file in [path] if path.is_file() else path.glob("*.distcp"):
+        data = bytearray(file.read_bytes())
+        data[data.index(value.numpy().tobytes())] ^= 1
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a.dcp"])
+@pytest.mark.parametrize("target", ["b.pt", "b.safetensors", "b.dcp"])
+def test_damage_is_not_converted(tmp_path, name, target, capsys):
+    """Into a file whose checksums would match."""
+    optimizer = trained(adam())
+    for path in (name, target):
+        fastopt.save(optimizer, tmp_path / path)
+    flip_a_bit(tmp_path / name, optimizer.state_dict()["state"][0]["exp_avg"])
+    assert main(["convert", str(tmp_path / name), str(tmp_path / target), "--force"]) == 2
+    error = one_line(capsys.readouterr().err)
+    assert "state.0.exp_avg" in error
+    assert "checksum" in error
+    loaded = adam()
+    fastopt.load(loaded, tmp_path / target, verify=True)
+    assert not fastopt.diff(loaded, optimizer)
+    assert main(["convert", str(tmp_path / name), str(tmp_path / f"new-{target}")]) == 2
+    assert sorted(os.listdir(tmp_path)) == sorted([name, target])
+
+
+def test_convert_says_of_missing_checksums_if_it_is_asked(tmp_path, capsys):
+    optimizer = trained(adam())
+    torch.save(optimizer.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert main(["convert", str(tmp_path / "old.pt"), str(tmp_path / "a.pt")]) == 0
+    assert "checksum" not in capsys.readouterr().out
+    for source, target, expected in (("old.pt", "b.pt", False), ("a.pt", "c.pt", True)):
+        assert main(["convert", str(tmp_path / source), str(tmp_path / target), "--json"]) == 0
+        assert strict(capsys.readouterr().out)["checksums"] is expected
 
 
 def test_convert_leaves_nothing_behind_where_it_fails(tmp_path, capsys):
@@ -319,9 +367,47 @@ class Evil:
 def test_verify_runs_no_code(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save({"state": {}, "param_groups": [], "evil": Evil()}, "a.pt")
-    assert main(["verify", "a.pt"]) == 1
-    assert "exec" in capsys.readouterr().out
+    assert main(["verify", "a.pt"]) == 2
+    assert "exec" in one_line(capsys.readouterr().err)
     assert os.listdir(tmp_path) == ["a.pt"]
+
+
+# ---- what a file names ----
+
+
+def with_numbers_of_numpy(path, kind="zip"):
+    content = trained(adam()).state_dict()
+    content["param_groups"][0]["lr"] = numpy.float64(0.25)
+    if kind == "dcp":
+        dcp.torch_save(content, path)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "dcp"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "diff", "convert"])
+def test_a_file_that_names_others_says_what_to_pass_and_that_works(tmp_path, command, kind, capsys):
+    path = tmp_path / "a"
+    with_numbers_of_numpy(path, kind)
+    targets = {"diff": [str(path)], "convert": [str(tmp_path / "b.pt")]}
+    arguments = [command, str(path), *targets.get(command, [])]
+    assert main(arguments) == 2
+    error = one_line(capsys.readouterr().err)
+    assert "safe_globals" not in error
+    assert "damaged" not in error
+    advice = re.search(r"if you trust them, pass (--safe-global .*)\n", error)[1].split(" ")
+    assert advice[1::2] == ["numpy._core.multiarray.scalar", "numpy.dtype", "numpy.dtypes.Float64DType"]
+    assert main([*arguments, *advice]) == 0
+    if command == "convert":
+        loaded = adam()
+        fastopt.load(loaded, tmp_path / "b.pt", safe_globals=[numpy._core.multiarray.scalar, numpy.dtype, FLOAT64])
+        assert type(loaded.param_groups[0]["lr"]) is numpy.float64
+
+
+def test_a_class_goes_by_the_name_that_is_in_the_file():
+    """As one that has moved since is imported from where it was, and is at home elsewhere."""
+    assert cli.sources.imported("os.path.join") == (os.path.join, "os.path.join")
+    assert cli.sources.imported("collections.abc.Mapping") == (collections.abc.Mapping, "collections.abc.Mapping")
 
 
 # ---- errors ----
@@ -353,7 +439,27 @@ def test_so_is_one_of_the_arguments(arguments, capsys):
 def test_a_checkpoint_without_a_key_says_where_the_state_is(files, capsys):
     for command in ("inspect", "verify"):
         assert main([command, files[1]]) == 2
-        assert capsys.readouterr().err.endswith("is no state dict; pass key='optimizer'\n")
+        assert capsys.readouterr().err.endswith("is no state dict; pass --key optimizer\n")
+    assert main(["diff", files[0], files[1]]) == 2
+    assert capsys.readouterr().err.endswith("is no state dict; pass --key-b optimizer\n")
+    assert main(["inspect", files[1], "--key", "nowhere"]) == 2
+    assert capsys.readouterr().err.endswith("has no state dict at 'nowhere'; pass --key optimizer\n")
+
+
+def test_notes_are_sentences_of_their_own():
+    error = ValueError("one thing")
+    error.add_note("another\nthing")
+    error.add_note("and more")
+    assert cli.in_a_line(error) == "one thing; another thing; and more"
+    assert cli.in_a_line(KeyError("state")) == "state"
+    assert cli.in_a_line(MemoryError()) == "MemoryError"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"fastopt {fastopt.__version__}\n"
 
 
 def test_a_file_that_is_none_is_an_error_of_one_line(tmp_path, capsys):
@@ -370,6 +476,48 @@ def test_an_interruption_is_said_and_has_the_shells_exit_code(files, monkeypatch
     monkeypatch.setattr(formats, "read", interrupt)
     assert main(["inspect", files[0]]) == 130
     assert capsys.readouterr().err == "fastopt: interrupted\n"
+
+
+SIGNAL_IN_IMPORT = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+SIGNAL_IN_RUN = """
+import os, signal, sys, time
+sys.path.remove(os.path.dirname(__file__))
+del sys.modules["torch"]
+import torch
+sys.modules["torch"] = torch
+torch.interrupted = lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))
+import fastopt.backends
+fastopt.backends.BackendInfo.__str__ = torch.interrupted
+"""
+SCRIPT = "import sys; from fastopt.cli import command; sys.exit(command())"
+
+
+@pytest.mark.parametrize("moment", [SIGNAL_IN_IMPORT, SIGNAL_IN_RUN], ids=["import", "run"])
+@pytest.mark.parametrize("way", ["module", "script"])
+def test_an_interruption_at_any_time_has_no_traceback(tmp_path, moment, way):
+    """While torch is imported as well, which here is a torch that interrupts."""
+    (tmp_path / "torch.py").write_text(moment)
+    script = tmp_path / "bin" / "fastopt"
+    script.parent.mkdir()
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, *(["-m", "fastopt"] if way == "module" else [script]), "info"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "fastopt: interrupted\n")
+
+
+def test_importing_the_package_leaves_ctrl_c_alone(tmp_path):
+    code = "import signal, fastopt; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True\n"
 
 
 # ---- pipes and terminals ----
@@ -471,9 +619,10 @@ def test_bench(tmp_path, capsys, monkeypatch):
     for way in found["ways"].values():
         assert len(way["seconds"]) == 2
         assert all(0 < seconds < 60 for seconds in way["seconds"])
-    assert found["file_bytes"] > 2 * 4 * cli.bench.ELEMENTS
+    assert 2 * 4 * found["parameters"] * found["elements"] == 10**6
+    assert 10**6 < found["file_bytes"] < 1.01 * 10**6
     assert os.listdir(tmp_path) == []
-    text = cli.bench.table(found["parameters"], found["file_bytes"], found["ways"])
+    text = cli.bench.table((found["parameters"], found["elements"]), found["file_bytes"], found["ways"])
     assert [line.split("  ")[1] for line in text.splitlines()[2:4]] == list(cli.bench.WAYS)
     assert "times as fast as torch.load, load_state_dict" in text
 
@@ -488,7 +637,7 @@ def test_bench_notices_values_that_differ(monkeypatch, capsys):
 
 def test_a_way_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match=r"fastopt\.load: .*nowhere\.pt"):
-        cli.bench.in_a_process("fastopt.load", str(tmp_path / "nowhere.pt"), 1, 1)
+        cli.bench.in_a_process("fastopt.load", str(tmp_path / "nowhere.pt"), (1, 1), 1)
 
 
 # ---- large files ----

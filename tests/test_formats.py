@@ -2,6 +2,7 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,9 @@ def refused(path, message):
         ("a.safetensors", "safetensors"),
         ("a.dcp", "dcp"),
         ("a.pt/", "dcp"),
+        ("a.SafeTensors", "safetensors"),
+        ("a.DCP", "dcp"),
+        ("a.PT", "torch"),
     ],
 )
 def test_a_name_says_how_it_is_written(tmp_path, name, expected):
@@ -106,6 +110,53 @@ def test_what_is_not_there(tmp_path):
             fastopt.load(adam(), tmp_path / "nowhere" / suffix)
         with pytest.raises(FileNotFoundError, match="nowhere"):
             fastopt.save(trained(adam()), tmp_path / "nowhere" / suffix)
+
+
+SAVES = {
+    "save": lambda path: fastopt.save(trained(adam()), path),
+    "save in the background": lambda path: fastopt.save(trained(adam()), path, background=True).result(),
+    "snapshot": lambda path: fastopt.snapshot(trained(adam())).save(path),
+}
+
+
+@pytest.mark.parametrize("save", SAVES.values(), ids=list(SAVES))
+@pytest.mark.parametrize("name", [*NAMES.values(), "a.dcp"])
+@pytest.mark.parametrize("by_link", [False, True], ids=["itself", "link"])
+def test_a_pipe_is_not_replaced(tmp_path, save, name, by_link):
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / name
+    path.symlink_to("pipe") if by_link else (tmp_path / "pipe").rename(path)
+    with pytest.raises(FileExistsError, match="neither a file nor a folder") as caught:
+        save(path)
+    assert f"while writing {path}" in caught.value.__notes__
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert path.is_symlink() == by_link
+    assert len(os.listdir(tmp_path)) == 1 + by_link
+
+
+@pytest.mark.parametrize("save", SAVES.values(), ids=list(SAVES))
+@pytest.mark.parametrize("name", [*NAMES.values(), "a.dcp"])
+def test_the_name_that_was_asked_for_is_in_the_error(tmp_path, save, name):
+    """And not that of the temporary file beside it."""
+    path = tmp_path / "missing" / name
+    with pytest.raises(FileNotFoundError) as caught:
+        save(path)
+    assert str(caught.value) == f"[Errno 2] there is no folder {path.parent}: '{path}'"
+
+
+@pytest.mark.parametrize("save", SAVES.values(), ids=list(SAVES))
+@pytest.mark.parametrize("name", [*NAMES.values(), "a.dcp"])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, save, name):
+    (tmp_path / "there").mkdir()
+    path = tmp_path / name
+    path.symlink_to(Path("there") / name)
+    for _ in range(2):
+        save(path)
+        assert path.is_symlink()
+        assert not (tmp_path / "there" / name).is_symlink()
+        assert formats.format_of(tmp_path / "there" / name) == formats.format_for(name)
+        assert sorted(os.listdir(tmp_path)) == sorted([name, "there"])
+    assert os.listdir(tmp_path / "there") == [name]
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastopt
+from fastopt.files import formats
 from tests.oracle import (
     TORCH_STATE_DICT,
     Bare,
@@ -256,6 +257,26 @@ def test_a_file_is_what_torch_loads(tmp_path: Path):
         snapshot.save(path)
         assert_same_state(torch.load(path, weights_only=True), expected)
     assert os.listdir(tmp_path) == ["optimizer.pt"]
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a.dcp"])
+def test_the_name_says_the_format_as_for_a_save(tmp_path: Path, name: str):
+    optimizer = make("Adam")
+    path, other = tmp_path / name, tmp_path / f"1{name[1:]}"
+    expected = fastopt.save(optimizer, other)
+    report = fastopt.snapshot(optimizer).save(path)
+    assert formats.format_of(path) == formats.format_of(other)
+    assert not fastopt.diff(formats.read(path, verify=True), optimizer)
+    assert (report.tensors, report.bytes_written) == (expected.tensors, expected.bytes_written)
+    assert report.path == str(path)
+    assert str(report).startswith(f"saved {expected.tensors} tensors in ")
+
+
+def test_the_report_has_the_casts_of_the_copy(tmp_path: Path):
+    snapshot = fastopt.snapshot(trained(adam()), dtype={"exp_avg": BF16, "nothing": BF16})
+    report = snapshot.save(tmp_path / "a.safetensors")
+    assert {pair: count.tensors for pair, count in report.casts.items()} == {(F32, BF16): 3}
+    assert report.unused_patterns == ["nothing"]
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path):

@@ -3,6 +3,7 @@
 import collections
 import io
 import os
+import pickle
 import resource
 import subprocess
 import sys
@@ -57,9 +58,18 @@ def assert_same_file(path, content):
 
 
 def assert_same_written(path, content, dtypes=None, expected=None):
-    """What is written is what torch writes for `expected`, or for the content; errors are torch's."""
+    """What is written is what torch writes for `expected`, or for the content; errors are torch's.
+
+    And what torch itself would not read by `weights_only=True` is refused.
+    """
     _, ours = outcome(lambda: torch_file.write(path, content, dtypes))
-    _, torchs = outcome(lambda: torchs_file(content if expected is None else expected))
+    data, torchs = outcome(lambda: torchs_file(content if expected is None else expected))
+    if torchs is None:
+        _, unread = outcome(lambda: torch.load(io.BytesIO(data), weights_only=True))
+        if isinstance(unread, pickle.UnpicklingError):
+            torchs = ours
+            assert isinstance(ours, TypeError)
+            assert "torch.load(weights_only=True) would not read the file" in str(ours)
     assert_same_error(ours, torchs)
     if torchs is None:
         assert_same_file(path, content if expected is None else expected)

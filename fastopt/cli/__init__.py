@@ -2,27 +2,38 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import fastopt
+from fastopt import startup
 from fastopt.backends import backend
 from fastopt.cli import bench, convert, look
 from fastopt.cli.outcome import FAILED, SAME, Outcome
 
-INTERRUPTED = 130
-"""The exit code after Ctrl-C, as a shell has it."""
+
+def command() -> int:
+    """The process of `fastopt`: Ctrl-C ends it with a line, and not with a traceback, whenever it comes."""
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = main()
+        signal.signal(signal.SIGINT, startup.end)
+    except KeyboardInterrupt:
+        startup.end()
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    options = parser().parse_args(arguments)
     try:
+        options = parser().parse_args(arguments)
         outcome: Outcome = options.run(options)
         write(f"{outcome.text}\n")
     except KeyboardInterrupt:
-        sys.stderr.write("fastopt: interrupted\n")
-        return INTERRUPTED
+        sys.stderr.write(startup.LAST_WORDS)
+        return startup.INTERRUPTED
     except Exception as error:
         sys.stderr.write(f"fastopt: {in_a_line(error)}\n")
         return FAILED
@@ -40,8 +51,10 @@ def write(text: str) -> None:
 
 def in_a_line(error: Exception) -> str:
     """What went wrong, notes included."""
-    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(" ".join([message or type(error).__name__, *getattr(error, "__notes__", [])]).split())
+    quoted = type(error) is KeyError and error.args  # which shows its text as a text in Python
+    message = str(error.args[0]) if quoted else str(error)
+    parts = [message or type(error).__name__, *getattr(error, "__notes__", [])]
+    return "; ".join(" ".join(part.split()) for part in parts)
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,6 +68,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     result = Parser(prog="fastopt", description="Load, save, cast and move PyTorch optimizer states.")
+    result.add_argument("--version", action="version", version=f"fastopt {fastopt.__version__}")
     commands = result.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
     info = commands.add_parser("info", help="which backend is in use, why, and what it runs on")
     info.set_defaults(run=lambda options: Outcome(str(backend()), SAME))

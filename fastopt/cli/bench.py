@@ -28,12 +28,15 @@ from fastopt.files.checksums import memory_of
 from fastopt.text import aligned, duration, size
 
 ELEMENTS = 4 << 20
-"""Of a parameter."""
+"""Of a parameter, or somewhat more or less, so that the state is as large as it should be."""
 
 SAVED, LOADED = torch.float32, torch.bfloat16
 """Dtypes of the state in the file, and of the parameters that it is cast to."""
 
 MEGABYTE = 10**6
+
+Shape = tuple[int, int]
+"""How many parameters there are, and how many elements each has."""
 
 STATUS = Path("/proc/self/status")
 
@@ -76,23 +79,31 @@ def positive(text: str) -> int:
 
 def bench(options: argparse.Namespace) -> Outcome:
     """Measure all ways."""
-    parameters = max(1, round(options.megabytes * MEGABYTE / (2 * ELEMENTS * SAVED.itemsize)))
+    total = options.megabytes * MEGABYTE // (2 * SAVED.itemsize)
+    parameters = max(1, round(total / ELEMENTS))
+    elements = total // parameters
     with tempfile.TemporaryDirectory(prefix="fastopt-bench-", dir=options.folder) as folder:
         path = os.path.join(folder, "optimizer.pt")
-        in_a_process("write", path, parameters, 1)
+        in_a_process("write", path, (parameters, elements), 1)
         bytes_read = os.path.getsize(path)
-        found = {way: in_a_process(way, path, parameters, options.rounds) for way in WAYS}
+        found = {way: in_a_process(way, path, (parameters, elements), options.rounds) for way in WAYS}
     if len({way.pop("fingerprint") for way in found.values()}) > 1:
         raise RuntimeError("the ways have loaded different values: this is a defect of fastopt, please report it")
-    about = {"backend": vars(fastopt.backend()), "parameters": parameters, "file_bytes": bytes_read, "ways": found}
-    return Outcome(as_json(about) if options.json else table(parameters, bytes_read, found), SAME)
+    about = {
+        "backend": vars(fastopt.backend()),
+        "parameters": parameters,
+        "elements": elements,
+        "file_bytes": bytes_read,
+        "ways": found,
+    }
+    return Outcome(as_json(about) if options.json else table((parameters, elements), bytes_read, found), SAME)
 
 
-def in_a_process(way: str, path: str, parameters: int, rounds: int) -> Any:
+def in_a_process(way: str, path: str, shape: Shape, rounds: int) -> Any:
     """What `measure` returns there."""
     package = str(Path(fastopt.__file__).parents[1])
     paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    call = f"from fastopt.cli import bench; bench.measure({way!r}, {path!r}, {parameters}, {rounds})"
+    call = f"from fastopt.cli import bench; bench.measure({way!r}, {path!r}, {shape}, {rounds})"
     done = subprocess.run(
         [sys.executable, "-c", call], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
     )
@@ -102,7 +113,7 @@ def in_a_process(way: str, path: str, parameters: int, rounds: int) -> Any:
     return json.loads(done.stdout)
 
 
-def table(parameters: int, bytes_read: int, found: dict[str, Any]) -> str:
+def table(shape: Shape, bytes_read: int, found: dict[str, Any]) -> str:
     """The results for people."""
     name = fastopt.backend().name
     rows = [["", "median", "fastest", "slowest", "of the file", "memory"]]
@@ -117,7 +128,7 @@ def table(parameters: int, bytes_read: int, found: dict[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            f"AdamW's state of {parameters} x {ELEMENTS:,} elements, {size(bytes_read)} of float32 in the page cache, "
+            f"AdamW's state of {shape[0]} x {shape[1]:,} elements, {size(bytes_read)} of float32 in the page cache, "
             f"into bfloat16 parameters; {torch.get_num_threads()} threads, {name} backend",
             *("  " + line for line in aligned(rows)),
             f"fastopt is {' and '.join(ratios)}; memory is the most beside the file's pages, results included",
@@ -128,14 +139,15 @@ def table(parameters: int, bytes_read: int, found: dict[str, Any]) -> str:
 # ---- a process of its own ----
 
 
-def measure(way: str, path: str, parameters: int, rounds: int) -> None:
+def measure(way: str, path: str, shape: Shape, rounds: int) -> None:
     """Write the file, or load it again and again; prints JSON."""
     if way != "write":
         read(path)
-    optimizer = torch.optim.AdamW([torch.zeros(ELEMENTS, dtype=LOADED) for _ in range(parameters)])
+    parameters, elements = shape
+    optimizer = torch.optim.AdamW([torch.zeros(elements, dtype=LOADED) for _ in range(parameters)])
     if way == "write":
         for param in optimizer.param_groups[0]["params"]:
-            moments = {key: torch.rand(ELEMENTS, dtype=SAVED) for key in ("exp_avg", "exp_avg_sq")}
+            moments = {key: torch.rand(elements, dtype=SAVED) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[param] = {"step": torch.tensor(1.0), **moments}
         fastopt.save(optimizer, path)
         print("{}")

@@ -6,13 +6,15 @@ import time
 from typing import Any
 
 import torch
+from torch.serialization import safe_globals
 
-from fastopt.checkpoint import SaveReport, count_tensors, read_state_dict
-from fastopt.cli.outcome import KEY_HELP, SAME, Outcome, as_json
+from fastopt.cli import sources
+from fastopt.cli.outcome import SAME, Outcome, as_json
 from fastopt.files import formats
-from fastopt.policy import DTYPE_RULES
+from fastopt.report import SaveReport
 from fastopt.saving import converted
 from fastopt.text import dtype_name
+from fastopt.writing import count_tensors
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -21,11 +23,12 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "convert",
         help="write the state in a file to another: other format, other dtypes",
         description="The format of DST is that of its name: .safetensors, .dcp or a folder for "
-        "torch.distributed.checkpoint, any other for torch.save. Tensors are written one by one.",
+        "torch.distributed.checkpoint, any other for torch.save. Tensors are written one by one. A SRC "
+        "that is damaged, as its checksums have it, is not converted.",
     )
     command.add_argument("src")
     command.add_argument("dst")
-    command.add_argument("--key", help=KEY_HELP)
+    sources.add_options(command)
     command.add_argument(
         "--dtype",
         action="append",
@@ -45,8 +48,10 @@ def dtype_option(text: str) -> tuple[str, str | torch.dtype]:
     key, _, name = text.rpartition("=")
     dtype = getattr(torch, name, None)
     if isinstance(dtype, torch.dtype):
+        if not dtype.is_floating_point:
+            raise argparse.ArgumentTypeError(f"{name} is no floating dtype, and state cast to it would be destroyed")
         return key or "*", dtype
-    if name in DTYPE_RULES:
+    if name == "keep":
         return key or "*", name
     raise argparse.ArgumentTypeError(f"{name!r} is no dtype of torch, such as bfloat16 or float32, nor 'keep'")
 
@@ -54,13 +59,15 @@ def dtype_option(text: str) -> tuple[str, str | torch.dtype]:
 def convert(options: argparse.Namespace) -> Outcome:
     """Write the state of one file to another."""
     started = time.perf_counter()
+    os.stat(options.src)  # what is missing is the first thing to know
     if os.path.lexists(options.dst) and not options.force:
         raise FileExistsError(f"{options.dst} is there already; --force replaces it")
-    saved = read_state_dict(options.src, options.key)
+    saved, has_checksums = sources.verified(options, options.src, options.key)
     try:
         for_all_last = sorted(options.dtype, key=lambda option: option[0] == "*")  # patterns hold in their order
         saved, dtypes, done = converted(saved, dict(for_all_last))
-        formats.write(options.dst, saved, dtypes)
+        with safe_globals(options.safe_global):  # so that they are in DST as they were in SRC
+            formats.write(options.dst, saved, dtypes)
     except Exception as error:
         error.add_note(f"while converting {options.src}")
         raise
@@ -73,4 +80,4 @@ def convert(options: argparse.Namespace) -> Outcome:
         {"from": dtype_name(source), "to": dtype_name(target), **vars(count)}
         for (source, target), count in report.casts.items()
     ]
-    return Outcome(as_json({**vars(report), "casts": casts}), SAME)
+    return Outcome(as_json({**vars(report), "casts": casts, "checksums": has_checksums}), SAME)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from fastopt.casting import bytes_of
-from fastopt.checkpoint import read_state_dict
-from fastopt.cli.outcome import DIFFERENT, KEY_HELP, SAME, Outcome, as_json
+from fastopt.cli import sources
+from fastopt.cli.outcome import DIFFERENT, SAME, Outcome, as_json
 from fastopt.cli.progress import Progress
-from fastopt.errors import NoChecksumsError
+from fastopt.cli.sources import NeedsOptionError
 from fastopt.inspection import Problem, diff, summary
 from fastopt.inspection.flaws import flaws
 from fastopt.inspection.places import places
@@ -33,7 +33,7 @@ def add_inspect(commands: Commands) -> Command:
     """Add the command `inspect`."""
     command: Command = commands.add_parser("inspect", help="what the state in a file holds")
     command.add_argument("file")
-    command.add_argument("--key", help=KEY_HELP)
+    sources.add_options(command)
     command.add_argument("--values", action="store_true", help="look at the values too: min, max, NaN, inf")
     command.set_defaults(run=inspect)
     return command
@@ -41,7 +41,7 @@ def add_inspect(commands: Commands) -> Command:
 
 def inspect(options: argparse.Namespace) -> Outcome:
     """Describe the state in a file."""
-    saved = read_state_dict(options.file, options.key)
+    saved = sources.read(options, options.file, options.key)
     found = summary(saved)
     if options.values:
         with Progress(found.bytes) as progress:
@@ -57,7 +57,7 @@ def add_diff(commands: Commands) -> Command:
     command: Command = commands.add_parser("diff", help="how the states in two files differ; exits with 1 if they do")
     command.add_argument("a")
     command.add_argument("b")
-    command.add_argument("--key", help=KEY_HELP)
+    sources.add_options(command)
     command.add_argument("--key-b", metavar="KEY", help="the same in B, if it differs; '' for the file itself")
     command.set_defaults(run=run_diff)
     return command
@@ -66,7 +66,8 @@ def add_diff(commands: Commands) -> Command:
 def run_diff(options: argparse.Namespace) -> Outcome:
     """Compare the states in two files."""
     key_b = options.key if options.key_b is None else options.key_b or None
-    a, b = read_state_dict(options.a, options.key), read_state_dict(options.b, key_b)
+    a = sources.read(options, options.a, options.key)
+    b = sources.read(options, options.b, key_b, key_option="--key-b")
     with Progress(summary(a).bytes + summary(b).bytes) as progress:
         found = diff(a, b, advance=progress.advance)
     return Outcome(as_json(found.to_dict()) if options.json else str(found), DIFFERENT if found else SAME)
@@ -81,7 +82,7 @@ def add_verify(commands: Commands) -> Command:
         "verify", help="whether a file is whole and its state sound; exits with 1 if not"
     )
     command.add_argument("file")
-    command.add_argument("--key", help=KEY_HELP)
+    sources.add_options(command)
     command.set_defaults(run=verify)
     return command
 
@@ -89,8 +90,8 @@ def add_verify(commands: Commands) -> Command:
 def verify(options: argparse.Namespace) -> Outcome:
     """Check the structure of a file, its checksums, and whether all values are finite."""
     try:
-        saved, has_checksums = verified(options.file, options.key)
-    except (OSError, MemoryError, KeyError, ImportError):  # says nothing about what is in the file
+        saved, has_checksums = sources.verified(options, options.file, options.key)
+    except (OSError, MemoryError, KeyError, ImportError, NeedsOptionError):  # says nothing about what is in the file
         raise
     except Exception as error:
         notes = " ".join(getattr(error, "__notes__", []))
@@ -99,14 +100,6 @@ def verify(options: argparse.Namespace) -> Outcome:
     with Progress(sum(map(bytes_of, tensors))) as progress:
         found = flaws(saved, advance=progress.advance)
     return verdict(options, found, tensors, has_checksums)
-
-
-def verified(path: str, key: str | None) -> tuple[StateDict, bool]:
-    """The state in a file, and whether it has been held against checksums: not all files have some."""
-    try:
-        return read_state_dict(path, key, verify=True), True
-    except NoChecksumsError:
-        return read_state_dict(path, key), False
 
 
 def tensors_in(saved: StateDict) -> list[torch.Tensor]:

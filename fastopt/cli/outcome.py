@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 SAME, DIFFERENT, FAILED = 0, 1, 2
 """Exit codes, as those of `diff`: 1 also stands for a file with flaws."""
 
-KEY_HELP = "where in a larger checkpoint the state is: optimizer, optimizer_states.0"
-
 
 class Outcome(NamedTuple):
     """The results of a command, and its exit code."""

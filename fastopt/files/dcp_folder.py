@@ -11,13 +11,14 @@ from torch.serialization import safe_globals
 
 from fastopt.chunked import ChunkedTensor, Part
 from fastopt.collector import paused_collector
-from fastopt.errors import CheckpointError
+from fastopt.errors import CheckpointError, UnsafeGlobalsError
 from fastopt.files import dcp_metadata
 from fastopt.files.atomic_folder import replacing_folder
 from fastopt.files.dcp_metadata import Chunk, Index, Place, TensorEntry
 from fastopt.files.dcp_shards import Known, Shard
 from fastopt.files.dcp_tree import check_reversible, leaves, tree
 from fastopt.files.torch_file import SafeGlobal, check_alignment
+from fastopt.files.torch_readable import check_readable
 
 
 def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> Any:
@@ -38,7 +39,7 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
 
     Raises:
         OSError: a file of it cannot be opened.
-        pickle.UnpicklingError: it names classes or functions that are not allowed; the text lists them.
+        UnsafeGlobalsError: it names classes or functions that are not allowed; the text lists them.
         CheckpointError: it is no such folder, or damaged; the text names file and entry.
     """
     folder, allowed = Path(path), list(allowed)
@@ -91,35 +92,47 @@ def wanted_by_file(index: Index) -> dict[str, list[Wanted]]:
 
 
 def read_places(folder: Path, index: Index) -> dict[Place, Any]:
-    """What is at each place, file by file and in their order."""
+    """What is at each place, file by file and in their order.
+
+    Raises:
+        UnsafeGlobalsError: values name what is not allowed; the error is about all of them.
+        CheckpointError: something is damaged.
+    """
     known = Known()
     found: dict[Place, Any] = {}
+    unsafe: dict[str, str] = {}
     for file, wanted in wanted_by_file(index).items():
         shard = opened(folder / file, wanted, known)
         tensors = []
         for place, name, dtype, sizes, is_part in wanted:
-            if dtype is None:
-                found[place] = shard.value(place, name)
-            else:
+            if dtype is not None:
                 shard.add_tensor(place, name, dtype, sizes, is_part)
                 tensors.append(place)
+                continue
+            try:
+                found[place] = shard.value(place, name)
+            except UnsafeGlobalsError as error:
+                for global_name in error.names:
+                    unsafe.setdefault(global_name, error.where)
         try:
             found.update(zip(tensors, shard.tensors.all(), strict=True))
         except (OSError, ValueError) as error:  # all has been found in order: it is another file by now
             raise CheckpointError(f"{shard.path} has changed while it was being read: {error}") from error
+    if unsafe:
+        raise UnsafeGlobalsError(next(iter(unsafe.values())), sorted(unsafe))
     return found
 
 
-def verify(path: str | os.PathLike[str]) -> None:
+def verify(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> None:
     """Hold all data of a folder against its checksums, which torch writes with every entry.
 
     Raises:
         OSError: a file of it cannot be opened.
-        pickle.UnpicklingError: its metadata names classes or functions that are not allowed.
+        UnsafeGlobalsError: its metadata names classes or functions that are not allowed.
         CheckpointError: it is damaged; the text names file and entry.
     """
     folder = Path(path)
-    for file, wanted in wanted_by_file(dcp_metadata.read(folder)).items():
+    for file, wanted in wanted_by_file(dcp_metadata.read(folder, allowed)).items():
         shard = opened(folder / file, wanted, Known())
         for one in wanted:
             shard.verify(one.place, one.name)
@@ -170,7 +183,7 @@ def write(
 
     Raises:
         OSError: it cannot be written, or holds other files.
-        TypeError: a key would not come back as it is.
+        TypeError: a key would not come back as it is, or `torch.load(weights_only=True)` would not read a value.
         ValueError: two entries have one name (`{"a.b": …}` beside `{"a": {"b": …}}`), or a tensor is a part of one that
             several processes hold; or `check_alignment` has it.
 
@@ -184,8 +197,16 @@ def write(
     with paused_collector():
         entries = list(leaves(content))
         check_reversible(content, tree(entries))
+        check_readable((path, as_saved(value)) for path, value in entries)
     with replacing_folder(path, is_own) as folder:
         dcp_writer.save(folder, entries, dtypes or {})
+
+
+def as_saved(value: Any) -> Any:
+    """What `torch.save` gets of an entry: of a tensor no attributes, and of a sharded one plain parts."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return None if hasattr(value, "__create_write_items__") else value.detach()
 
 
 def is_own(name: str) -> bool:

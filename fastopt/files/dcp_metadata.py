@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
-from fastopt.errors import CheckpointError
+from fastopt.errors import CheckpointError, UnsafeGlobalsError
 from fastopt.files.torch_file import SafeGlobal
 
 NAME = ".metadata"
@@ -91,7 +91,7 @@ def read(folder: Path, allowed: Iterable[SafeGlobal] = ()) -> Index:
 
     Raises:
         OSError: the file cannot be opened.
-        pickle.UnpicklingError: it names classes or functions that are not allowed; the text lists them.
+        UnsafeGlobalsError: it names classes or functions that are not allowed; the text lists them.
         CheckpointError: it is damaged, or not of this kind; the text names the entry.
     """
     path = folder / NAME
@@ -107,10 +107,7 @@ def read(folder: Path, allowed: Iterable[SafeGlobal] = ()) -> Index:
         if not unpickler.forbidden:
             raise CheckpointError(f"{path} is damaged: {error or type(error).__name__}") from error
     if unpickler.forbidden:
-        raise pickle.UnpicklingError(
-            f"{path} names {', '.join(sorted(unpickler.forbidden))}, which loading a checkpoint does not import; if "
-            "you trust them, pass them as safe_globals=[...]"
-        )
+        raise UnsafeGlobalsError(str(path), sorted(unpickler.forbidden))
     return indexed(Reader(path, unpickler.records), metadata)
 
 

@@ -11,16 +11,16 @@ import stat
 import struct
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from fastopt.errors import CheckpointError
+from fastopt.errors import CheckpointError, UnsafeGlobalsError
 from fastopt.files.dcp_metadata import Place
 from fastopt.files.in_file import Copies, OpenFile, Tensors
+from fastopt.files.torch_globals import unsafe_globals
 from fastopt.text import dtype_name
 
 SMALL = 64 * 1024
@@ -181,7 +181,7 @@ class Shard:
         """The value at a place, read as `torch.load(weights_only=True)` reads it.
 
         Raises:
-            pickle.UnpicklingError: it names classes or functions that are not allowed.
+            UnsafeGlobalsError: it names classes or functions that are not allowed.
             CheckpointError: there is none.
         """
         return self.found(place, name, self.loaded, self.known_value)[0]
@@ -312,17 +312,9 @@ def check_sums(stream: Any) -> None:
 
 def refusal(where: str, stream: Any, error: pickle.UnpicklingError) -> Exception:
     """The error for an entry that torch does not unpickle: it lists what is not allowed, if that is why."""
-    try:
-        stream.seek(0)
-        names: Iterable[str] = sorted(get_unsafe_globals_in_checkpoint(stream))
-    except Exception:  # a pickle that cannot be read to its end
-        names = []
-    if not names:
-        return CheckpointError(f"{where} is damaged: {first_line(error)}")
-    return pickle.UnpicklingError(
-        f"{where} names {', '.join(names)}, which loading a checkpoint does not import; if you trust them, pass them "
-        "as safe_globals=[...]"
-    )
+    if names := unsafe_globals(stream):
+        return UnsafeGlobalsError(where.rstrip(","), names)
+    return CheckpointError(f"{where} is damaged: {first_line(error)}")
 
 
 def first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Which format a checkpoint has: what is in it says so when it is read, and its name when it is written."""
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
@@ -43,7 +44,7 @@ def read(path: str | os.PathLike[str], allowed: Iterable[torch_file.SafeGlobal] 
         return safetensors_file.read(path, verify)
     if found == "dcp":
         if verify:
-            dcp_folder.verify(path)
+            dcp_folder.verify(path, allowed)
         return dcp_folder.read(path, allowed)
     if verify:
         torch_file.verify(path)
@@ -54,11 +55,12 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
     """Replace a checkpoint, in the format that its name says; `dtypes` are those in the file, by the tensors' `id`.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, or stands for what is neither a file nor a folder.
         Exception: what the module of its format raises for content that has no place in it.
 
     After any error it is as it was.
     """
+    check_target(path)
     wanted = format_for(path)
     if wanted == "safetensors":
         safetensors_file.write(path, content, dtypes)
@@ -68,10 +70,24 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
         torch_file.write(path, content, dtypes)
 
 
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise where no checkpoint can be put, or none must be, as a rename would replace a pipe or a device."""
+    try:
+        target = Path(os.fsdecode(path)).resolve()
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, f"there is no folder {target.parent}", os.fspath(path))
+        if target.exists() and not (target.is_file() or target.is_dir()):
+            what = "neither a file nor a folder, and is not replaced"
+            raise FileExistsError(errno.EEXIST, f"{target} is {what}", os.fspath(path))
+    except OSError as error:
+        error.add_note(f"while writing {os.fspath(path)}")
+        raise
+
+
 def format_for(path: str | os.PathLike[str]) -> Format:
     """The format that a name stands for: .safetensors, a folder for DCP, and anything else for torch.save's."""
-    name = os.fsdecode(path)
-    if name.endswith((os.sep, ".dcp")) or os.path.isdir(name):
+    name = os.fsdecode(path).lower()
+    if name.endswith((os.sep, ".dcp")) or os.path.isdir(path):
         return "dcp"
     return "safetensors" if name.endswith(".safetensors") else "torch"
 

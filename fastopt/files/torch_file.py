@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import safe_globals
 from torch.utils.serialization import config
 
 from fastopt.backends import current
 from fastopt.collector import paused_collector
-from fastopt.errors import CheckpointError
+from fastopt.errors import CheckpointError, UnsafeGlobalsError
 from fastopt.files.archive import SIGNATURE, check_records
 from fastopt.files.atomic import replacing
 from fastopt.files.torch_checks import verify as verify
+from fastopt.files.torch_globals import unsafe_globals
 
 LARGEST_ALIGNMENT = 0xFFFF - 32
 """Bytes; that of storages in a file."""
@@ -41,8 +42,8 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
 
     Raises:
         OSError: the file cannot be opened.
-        pickle.UnpicklingError: it names classes or functions that are not allowed; the text lists them.
-        CheckpointError: it was cut short.
+        UnsafeGlobalsError: it names classes or functions that are not allowed; the text lists them.
+        CheckpointError: it was cut short, or has texts that are none.
         ValueError: its records are no ordinary ones of torch's, as `check_records` says, or a tensor is larger than its
             record (which torch does not look at, and so the pure-Python backend does not either).
         Exception: whatever else torch raises for a file that is damaged or not its own.
@@ -64,13 +65,13 @@ def read(path: str | os.PathLike[str], allowed: Iterable[SafeGlobal] = ()) -> An
                         return torch.load(file, map_location="cpu", weights_only=True)
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and can_be_mapped)
     except pickle.UnpicklingError as error:
-        if is_zip and (names := forbidden_globals(path, allowed)):
-            raise pickle.UnpicklingError(
-                f"{os.fspath(path)} names {', '.join(names)}, which loading a file does not import; if you trust "
-                "them, pass them as safe_globals=[...]"
-            ) from error
+        with open(path, "rb") as file, safe_globals(allowed):
+            if names := unsafe_globals(file):
+                raise UnsafeGlobalsError(os.fspath(path), names) from error
         error.add_note(f"while reading {os.fspath(path)}")
         raise
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{os.fspath(path)} is damaged: {error}") from error
     except Exception as error:
         error.add_note(f"while reading {os.fspath(path)}")
         raise
@@ -85,12 +86,13 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
 
     Args:
         path: the file; replaced as a whole and at once.
-        content: whatever torch can save. It must not change meanwhile.
+        content: whatever torch can save, and load with `weights_only=True`. It must not change meanwhile.
         dtypes: the dtype that a tensor gets in the file, by its `id`, as if `tensor.to(dtype)` stood in its place; all
             others keep theirs. Tensors named here are strided ones of no subclass that have values.
 
     Raises:
         OSError: the file cannot be written.
+        TypeError: `torch.load(weights_only=True)` would not read it; the text says which value, and of what type.
         ValueError: torch's setting for the alignment of storages makes files that nobody can read.
         Exception: what `torch.save` raises for content that it cannot save.
 
@@ -122,12 +124,3 @@ def begins_as_zip(path: str | os.PathLike[str]) -> bool:
     """Whether a file was to become a zip file; torch has an OSError for some of those that have no end."""
     with open(path, "rb") as file:
         return file.read(len(SIGNATURE)) == SIGNATURE
-
-
-def forbidden_globals(path: str | os.PathLike[str], allowed: list[SafeGlobal]) -> list[str]:
-    """The classes and functions that a file names and must not; none where it is too odd to be looked through."""
-    try:
-        with safe_globals(allowed):
-            return sorted(get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # another than the one that is about to be raised, and no better
-        return []

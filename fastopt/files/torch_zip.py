@@ -13,6 +13,7 @@ from torch.utils.serialization import config
 
 from fastopt.files.staging import CHUNK, SMALL, write_all, write_tensors
 from fastopt.files.torch_pickle import Stored, bytes_of, records_of
+from fastopt.files.torch_readable import check_readable
 
 DESCRIPTOR, ENTRY = b"PK\x07\x08", b"PK\x01\x02"
 """What follows the data of a record, and what the directory has of it, begin with these."""
@@ -29,7 +30,11 @@ def write(fd: int, content: object, dtypes: Mapping[int, torch.dtype], start: in
 
     See `records_of` for `dtypes`. Extra memory: that of `write_tensors` and of the pickle, and some hundred bytes a
     storage.
+
+    Raises:
+        TypeError: `torch.load(weights_only=True)` would not read it.
     """
+    check_readable([((), content)])
     records = records_of(content, dtypes)
     outline = _Outline(fd, start)
     writer = torch._C.PyTorchFileWriter(outline, True, config.save.storage_alignment)  # type: ignore[call-overload]
