@@ -84,7 +84,7 @@ class FakeDevice {
   int64_t bytes_ = 0;
 };
 
-class FakeQueue final : public fastopt::cuda::Queue {
+class FakeQueue : public fastopt::cuda::Queue {
  public:
   explicit FakeQueue(FakeDevice& device);
 

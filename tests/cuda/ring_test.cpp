@@ -7,11 +7,13 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <set>
 #include <span>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -115,8 +117,21 @@ void test_a_slot_is_used_again_behind_its_fence() {
   check(passed.size() == 1 && passed[0].data() == places[1], "the slot that can be had is not what was handed out");
   check(first->waits == 0 && second->waits == 0, "somebody waited without need");
   const auto waited = ring.take(queue, 2);
-  check(waited.size() == 1 && waited[0].data() == places[0], "the oldest slot is not what was handed out");
+  check(waited.size() == 1 && waited[0].data() == places[0], "the slot that is waited for is not what was handed out");
   check(first->waits == 1, "the slot was handed out before its fence was passed");
+}
+
+void test_the_slot_that_came_back_first_is_waited_for() {
+  FakeDevice device;
+  FakeQueue queue(device);
+  Ring ring(kSlotBytes, 3);
+  auto all = ring.take(queue, 3);
+  std::vector<std::shared_ptr<HandFence::State>> fences;
+  for (Slot& slot : all) {
+    fences.push_back(give_back_behind_fence(std::move(slot)));
+  }
+  check(ring.take(queue, 3).size() == 1, "not one slot, where one had to be waited for");
+  check(fences[0]->waits == 1 && fences[1]->waits == 0 && fences[2]->waits == 0, "another was waited for");
 }
 
 void test_a_ring_goes_on_with_the_slots_there_are() {
@@ -210,17 +225,54 @@ void test_threads_wait_for_slots_that_cannot_be_pinned() {
   });
 }
 
+// A queue that fails to pin, slowly.
+class SlowQueue final : public FakeQueue {
+ public:
+  SlowQueue(FakeDevice& device, std::atomic<bool>& has_begun) : FakeQueue(device), has_begun_(has_begun) {}
+
+  fastopt::cuda::Pinned allocate_pinned(int64_t) override {
+    has_begun_ = true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    throw DeviceError("no memory to pin");
+  }
+
+ private:
+  std::atomic<bool>& has_begun_;
+};
+
+void test_threads_that_wait_for_a_slot_go_on_where_it_cannot_be_pinned() {
+  FakeDevice device;
+  Ring ring(kSlotBytes, 1);
+  std::atomic<bool> has_begun{false};
+  std::atomic<int64_t> taken{0};
+  run_on_std_threads(2, [&](int64_t thread) {
+    if (thread == 0) {
+      SlowQueue queue(device, has_begun);
+      taken += fails([&] { ring.take(queue, 1); }) ? 0 : 100;
+    } else {
+      while (!has_begun) {
+        std::this_thread::yield();
+      }
+      FakeQueue queue(device);
+      taken += static_cast<int64_t>(ring.take(queue, 1).size());
+    }
+  });
+  check(taken == 1, taken.load(), " slots where one could be pinned");
+}
+
 }  // namespace
 
 std::span<const Test> ring_tests() {
   static constexpr std::array kTests{
       TEST(test_a_ring_pins_what_it_needs_and_each_slot_once),
       TEST(test_a_slot_is_used_again_behind_its_fence),
+      TEST(test_the_slot_that_came_back_first_is_waited_for),
       TEST(test_a_ring_goes_on_with_the_slots_there_are),
       TEST(test_an_error_on_the_way_to_a_fence_surfaces_once),
       TEST(test_a_fork_has_no_ring),
       TEST(test_threads_share_the_slots_of_a_ring),
       TEST(test_threads_wait_for_slots_that_cannot_be_pinned),
+      TEST(test_threads_that_wait_for_a_slot_go_on_where_it_cannot_be_pinned),
   };
   return kTests;
 }

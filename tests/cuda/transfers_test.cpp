@@ -21,7 +21,6 @@
 
 #include "audit.h"
 #include "core_test.h"
-#include "cpu_target.h"
 #include "dtype.h"
 #include "fake_device.h"
 #include "file.h"
@@ -54,7 +53,7 @@ const Parallel kThreads = run_on_std_threads;
 
 std::vector<size_t> transfer(std::span<const Job> jobs, Direction direction, Ring& ring, FakeQueue& queue,
                              bool waits = true, int64_t threads = 2) {
-  return fastopt::cuda::transfer(jobs, direction, ring, queue, {fastopt::kernels(), threads, kThreads}, waits);
+  return fastopt::cuda::transfer(jobs, direction, ring, queue, {fastopt::kPortableKernels, threads, kThreads}, waits);
 }
 
 // Random bytes on one side, fresh memory on the other, both at an offset from an allocation's start; and what the CPU's
@@ -71,7 +70,7 @@ class Batch {
       srcs_.back().data()[i] = static_cast<char>(random_());
     }
     jobs_.push_back({srcs_.back().data(), dsts_.back().data(), count, src, dst});
-    fastopt::kernels().find(src, dst)(srcs_.back().data(), expected_.back().data(), count);
+    fastopt::kPortableKernels.find(src, dst)(srcs_.back().data(), expected_.back().data(), count);
   }
 
   void add_any(int64_t jobs, int64_t largest) {
@@ -464,7 +463,7 @@ void test_casts_to_the_device_are_audited() {
       std::vector<char> unused(5'000 * 8);
       for (Job& job : batch.jobs()) {
         job.audit = &audit;
-        fastopt::kernels().find_audited(DType::Float32, dst)(job.src, unused.data(), job.count, expected);
+        fastopt::kPortableKernels.find_audited(DType::Float32, dst)(job.src, unused.data(), job.count, expected);
       }
       check_transfer(batch, Direction::ToDevice, ring, device);
       check(audit.values == 5'010 && audit.nan == expected.nan && audit.overflowed == expected.overflowed, audit.values,

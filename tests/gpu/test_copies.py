@@ -5,9 +5,9 @@ import torch
 
 import fastopt
 from tests.batches import FLOATING, OTHERS
-from tests.gpu.bits import assert_same_bits_but_for_nan, random_values
+from tests.gpu.device import assert_same_bits_but_for_nan, needs_gpu, random_values
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = needs_gpu
 
 GPU = "cuda"
 COUNTS = (0, 1, 7, 16, 33, 4095, 4096, 4097, 100_003)
