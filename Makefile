@@ -14,7 +14,7 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-torch-$(TORCH)
 EXTENSION := fastopt/.extension-built
-CSRC      := $(shell find csrc tests/core tests/cuda -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
+CSRC      := $(shell find csrc tests/core tests/cuda tests/gpu -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 JOBS      := $(shell nproc)
 COMPILE   := MAX_JOBS=$(JOBS) $(BIN)/python setup.py --quiet build_ext --inplace
 
@@ -69,24 +69,35 @@ format: setup
 
 # ---- CUDA ----
 # make cuda-build   the extension against a torch with CUDA (several GB, in build/cuda-venv), compiled by the nvcc that is
-#                   there (CUDA_HOME, where it is not found), linked and imported; needs no GPU
+#                   there (CUDA_HOME, where it is not found), linked, imported, and tested; needs no GPU: a stand-in for
+#                   CUDA's runtime copies memory of the host, and plays fastopt's own kernels
 # make gpu-check    on a machine with a GPU: the extension against the torch of GPU_PYTHON, and the tests that need a GPU
 
 CUDA_TORCH ?= 2.11.0
 CUDA_ARCHS ?= 8.0;9.0;10.0
 GPU_PYTHON ?= python3
 CUDA_VENV  := build/cuda-venv
+STAND_IN   := build/cuda/stand-in/libcuda.so.1
 
 $(CUDA_VENV)/.installed-torch-$(CUDA_TORCH):
 	$(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m pip install --quiet "torch==$(CUDA_TORCH)"
-	$(CUDA_VENV)/bin/python -m pip install --quiet "setuptools>=77,<82" ninja
+	$(CUDA_VENV)/bin/python -m pip install --quiet "setuptools>=77,<82" ninja pytest hypothesis numpy
 	touch $@
 
-cuda-build: $(CUDA_VENV)/.installed-torch-$(CUDA_TORCH)
+# torch looks for the driver by that name, and takes what has been loaded under it.
+$(STAND_IN): tests/gpu/stand_in/runtime.cpp $(CSRC)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++20 -O2 -Wall -Wextra -shared -fPIC -Wl,-soname,$(@F) \
+		-isystem $(or $(CUDA_HOME),/usr/local/cuda)/include $< -o $@ -ldl
+
+cuda-build: $(CUDA_VENV)/.installed-torch-$(CUDA_TORCH) $(STAND_IN)
 	FASTOPT_BUILD=cuda TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" MAX_JOBS=$(JOBS) \
 		$(CUDA_VENV)/bin/python setup.py --quiet build --build-base build/cuda --build-lib build/cuda/lib
+	rm -rf build/cuda/lib/tests && cp -r tests build/cuda/lib
 	cd build/cuda/lib && $(abspath $(CUDA_VENV))/bin/python -m fastopt info
+	cd build/cuda/lib && LD_PRELOAD=$(abspath $(STAND_IN)) \
+		$(abspath $(CUDA_VENV))/bin/python -m pytest -p no:cacheprovider tests/gpu
 
 gpu-check:
 	FASTOPT_BUILD=cuda $(GPU_PYTHON) setup.py --quiet build_ext --inplace

@@ -29,9 +29,15 @@ def cast_state(
     | None
 ): ...
 def copy_plain(
-    dsts: list[torch.Tensor], srcs: list[torch.Tensor], leave: Callable[[list[int]], None], begun: list[list[int]]
+    dsts: list[torch.Tensor],
+    srcs: list[torch.Tensor],
+    non_blocking: bool,
+    leave: Callable[[list[int]], None],
+    begun: list[list[int]],
 ) -> bool: ...
-def to_plain(tensors: list[torch.Tensor], dtype: torch.dtype | None, copy: bool) -> list[Any]: ...
+def to_plain(
+    tensors: list[torch.Tensor], dtype: torch.dtype | None, device: torch.device | None, copy: bool
+) -> list[Any]: ...
 def write_torch_files(
     file: int,
     contents: list[Any],

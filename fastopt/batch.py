@@ -14,14 +14,16 @@ def copy_(dsts: Iterable[torch.Tensor], srcs: Iterable[torch.Tensor], *, non_blo
     """Copy each source into its destination, as `dst.copy_(src)` does, in one batched call.
 
     Any mix of dtypes, strides and devices. The values are those of `dst.copy_(src)`, to the bit for what is not NaN;
-    the destinations' version counters move as with it. Plain CPU tensors are copied by all threads together, plain
-    tensors of one GPU by a launch for a thousand of them, on its current stream; other pairs one by one through torch,
-    before those.
+    the destinations' version counters move as with it. Plain CPU tensors are copied by all threads together. With an
+    extension built for CUDA, plain tensors of one GPU are copied by a launch for a thousand of them, and between CPU
+    and GPU through pinned memory of the process's own, in the dtype that has fewer bytes; both in the order of the
+    GPU's current stream. Other pairs are copied one by one through torch, before those.
 
     Args:
         dsts: tensors to write.
         srcs: as many tensors of the same shapes. Nothing is broadcast.
-        non_blocking: passed to torch for the pairs that it copies.
+        non_blocking: whether pinned memory of the CPU may be read and written after the call, as the current stream
+            gets there. As with torch, the caller sees to it that it stays as it is, or is not used, until then.
 
     Raises:
         ValueError: the numbers or the shapes of a pair differ, or a destination overlaps another destination or a

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from fastopt.backends import python
-from fastopt.backends.interface import Group
-from fastopt.casting import Cast
+from fastopt.backends import current, python
+from fastopt.backends.interface import Group, State
+from fastopt.casting import Cast, is_plain
 from fastopt.collector import paused_collector
 from fastopt.containers import tensors_of
 from fastopt.errors import check_bools
@@ -127,9 +127,26 @@ class CastBack(Cast):
         super().__init__(optimizer, saved_groups, copy=True)
         self.backend = python  # the native walk knows rules by key alone
         self.origins = origins
+        self.returned: dict[int, torch.Tensor] = {}
+        """What has become of copies, by their identity."""
+
+    def cast_state(self, saved_state: Any, params: dict[Any, torch.Tensor]) -> State:
+        """The new state; all copies that become the same dtype on the same device in one batch."""
+        differing = {id(tensor): tensor for tensor in tensors_of(saved_state) if id(tensor) in self.origins}
+        by_origin: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+        for identity, tensor in differing.items():
+            if is_plain(tensor):
+                by_origin.setdefault(self.origins[identity], []).append(tensor)
+        for (dtype, device), tensors in by_origin.items():
+            results = current().to(tensors, {"dtype": dtype, "device": device}, copy=True)
+            self.returned.update(zip(map(id, tensors), results, strict=True))
+        return super().cast_state(saved_state, params)
 
     def tensor(self, param: torch.Tensor, value: torch.Tensor, saved_id: Any, key: Any, state_key: Any) -> torch.Tensor:
         """A copy like the original."""
+        if (returned := self.returned.pop(id(value), None)) is not None:  # each place gets a tensor of its own
+            self.count_tensor(value, returned, copied=False)
+            return returned
         return self.to(value, original(value, self.origins))
 
 

@@ -7,7 +7,7 @@ import pytest
 from fastopt import backends
 
 # What fails in these shows its values, as what fails in a test does.
-pytest.register_assert_rewrite("tests.batches", "tests.loads")
+pytest.register_assert_rewrite("tests.batches", "tests.gpu.device", "tests.loads")
 
 
 @pytest.fixture(params=["native", "python"])

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../core/run.h"
+#include "jobs.h"
 #include "memory.h"
 
 namespace fastopt {
@@ -26,7 +27,6 @@ class Batch {
   // `reads_files`: whether sources that lie in a mapped file still hold what the file does (mapped_file.h). They are
   // read from the file then (Note [Reading files]).
   explicit Batch(bool reads_files = false);
-  ~Batch();
   Batch(const Batch&) = delete;
   Batch& operator=(const Batch&) = delete;
 
@@ -52,26 +52,13 @@ class Batch {
  private:
   pybind11::object add(Job job, pybind11::handle src, at::Tensor dst);
   void copy_now(const Job& job, int64_t bytes);
-  void hold(pybind11::handle object);
 
   const Kernels& kernels_;
   const bool reads_files_;
   ResultMemory memory_;
   ReadWindow window_;  // for small copies out of files
   std::vector<Job> jobs_;
-  std::vector<PyObject*> held_;
+  Held held_;
 };
-
-// Runs jobs over torch's threads, with the GIL released. Raises OSError where a file cannot be read.
-void run_jobs(std::span<const Job> jobs);
-
-// Raises an OSError for a file that cannot be read.
-[[noreturn]] void raise(const ReadError& error);
-
-// The job of `dst.copy_(src)`, under the conditions of Batch::copy. Throws c10::Error where there is no kernel.
-Job job_between(const at::Tensor& dst, const at::Tensor& src);
-
-// Dense memory without gaps or overlap: element i of the memory is one element of the tensor.
-bool is_dense(const at::Tensor& tensor);
 
 }  // namespace fastopt

@@ -21,9 +21,10 @@ pybind11::object cast_state(const pybind11::dict& saved_state, const pybind11::d
                             bool reads_files);
 
 // tensors.cpp
-bool copy_plain(const pybind11::list& dsts, const pybind11::list& srcs, const pybind11::function& leave,
-                pybind11::list begun);
-pybind11::list to_plain(const pybind11::list& tensors, const pybind11::object& dtype, bool copy);
+bool copy_plain(const pybind11::list& dsts, const pybind11::list& srcs, bool non_blocking,
+                const pybind11::function& leave, pybind11::list begun);
+pybind11::list to_plain(const pybind11::list& tensors, const pybind11::object& dtype, const pybind11::object& device,
+                        bool copy);
 
 // write_torch_file.cpp
 pybind11::list write_torch_files(int file, const pybind11::list& contents, size_t first, const pybind11::dict& dtypes,

@@ -11,8 +11,8 @@
 #include <utility>
 
 #include "../core/file.h"
-#include "batch.h"
 #include "bindings.h"
+#include "jobs.h"
 #include "mapped_file.h"
 #include "memory.h"
 #include "new_tensor.h"

@@ -1,4 +1,4 @@
-// Tensors over storages that are there.
+// Tensors made without the dispatcher.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,5 +12,9 @@ namespace fastopt {
 // to know). Throws std::bad_alloc.
 at::Tensor tensor_over(ResultMemory& memory, c10::Storage storage, at::ScalarType dtype, at::IntArrayRef sizes,
                        at::IntArrayRef strides, int64_t offset);
+
+// A tensor of another's sizes and strides over a new storage of result memory. Undefined where there is no memory for
+// it.
+at::Tensor new_tensor(ResultMemory& memory, size_t bytes, const at::Tensor& like, at::ScalarType dtype, int64_t offset);
 
 }  // namespace fastopt

@@ -87,6 +87,10 @@ bool has_only_its_storage(PyObject* object, const at::Tensor& tensor) {
          !has_attributes(object);
 }
 
+bool fills_its_storage(const at::Tensor& tensor) {
+  return tensor.is_non_overlapping_and_dense() && tensor.nbytes() == tensor.storage().nbytes();
+}
+
 bool is_discardable(PyObject* object, const at::Tensor& tensor) {
   const c10::Storage& storage = tensor.storage();
   return tensor.use_count() == 1 && tensor.weak_use_count() == 1 && !has_weak_references(object) &&

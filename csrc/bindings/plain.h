@@ -24,6 +24,9 @@ bool is_plain_cuda(const at::Tensor& tensor);  // on a GPU
 // attributes, and a storage that no other tensor uses.
 bool has_only_its_storage(PyObject* object, const at::Tensor& tensor);
 
+// Whether every byte of its storage is the tensor's.
+bool fills_its_storage(const at::Tensor& tensor);
+
 // Whether no tensor but the one that this was asked of uses its storage.
 bool is_the_only_user(const c10::Storage& storage);
 

@@ -5,6 +5,8 @@
 
 #include <string>
 
+#include "device.h"
+
 namespace py = pybind11;
 
 namespace fastopt {
@@ -26,15 +28,14 @@ Rule::DType dtype_rule(const std::string& name) {
 
 Rule::Device device_rule(const py::object& rule) {
   if (!py::isinstance<py::str>(rule)) {
-    // "cpu:0" is another device to torch, and to move there a copy.
-    return py::cast<at::Device>(rule) == at::Device(at::kCPU) ? Rule::Device::Cpu : Rule::Device::Other;
+    return Rule::Device::Given;
   }
   const auto name = py::cast<std::string>(rule);
   if (name == "param") {
     return Rule::Device::Param;
   }
   if (name == "keep") {
-    return Rule::Device::Cpu;
+    return Rule::Device::Keep;
   }
   TORCH_CHECK_VALUE(name == "step", "no rule for devices is called ", name);
   return Rule::Device::Step;
@@ -47,8 +48,18 @@ Rule::Rule(const py::tuple& rule) : device_(device_rule(rule[1])) {
     dtype_ = dtype_rule(py::cast<std::string>(rule[0]));
   } else {
     dtype_ = DType::Given;
-    given_ = py::cast<at::ScalarType>(rule[0]);
+    given_dtype_ = py::cast<at::ScalarType>(rule[0]);
   }
+  if (device_ == Device::Given) {
+    given_device_ = DeviceBatch::resolved(py::cast<at::Device>(rule[1]));
+  }
+}
+
+Rule Rule::for_step() {
+  Rule rule;
+  rule.dtype_ = DType::Step;
+  rule.device_ = Device::Step;
+  return rule;
 }
 
 at::ScalarType Rule::dtype(at::ScalarType saved, const Target& target) const {
@@ -59,7 +70,7 @@ at::ScalarType Rule::dtype(at::ScalarType saved, const Target& target) const {
     case DType::FloatOnly:
       return to_param && at::isFloatingType(saved) ? target.dtype : saved;
     case DType::Given:
-      return at::isFloatingType(saved) ? given_ : saved;
+      return at::isFloatingType(saved) ? given_dtype_ : saved;
     case DType::Step:
       return target.is_hosted ? at::kFloat : saved;
     case DType::Keep:
@@ -68,18 +79,18 @@ at::ScalarType Rule::dtype(at::ScalarType saved, const Target& target) const {
   return saved;
 }
 
-bool Rule::stays_on_cpu(const Target& target) const {
+c10::Device Rule::device(c10::Device saved, const Target& target) const {
   switch (device_) {
     case Device::Param:
-      return target.is_on_cpu;
+      return target.device;
     case Device::Step:
-      return target.is_on_cpu || !target.is_hosted;
-    case Device::Cpu:
-      return true;
-    case Device::Other:
+      return target.is_hosted ? target.device : saved;
+    case Device::Given:
+      return given_device_;
+    case Device::Keep:
       break;
   }
-  return false;
+  return saved;
 }
 
 Rules::Rules(const py::object& rule_of) : rule_of_(rule_of), step_(Rule::for_step()) {

@@ -11,29 +11,29 @@ namespace fastopt {
 // The parameter that a value belongs to.
 struct Target {
   at::ScalarType dtype = at::kFloat;
-  bool is_on_cpu = false;
+  c10::Device device = at::kCPU;
   bool is_hosted = false;  // its group wants `step` on its device
 };
 
-// `fastopt.policy.Rule`, for values on the CPU.
+// `fastopt.policy.Rule`.
 class Rule {
  public:
   enum class DType { Reference, Keep, FloatOnly, Step, Given };
-  enum class Device { Param, Cpu, Step, Other };
+  enum class Device { Param, Keep, Step, Given };
 
   Rule() = default;
-  Rule(DType dtype, Device device) : dtype_(dtype), device_(device) {}
   explicit Rule(const pybind11::tuple& rule);
 
-  static Rule for_step() { return {DType::Step, Device::Step}; }
+  static Rule for_step();
 
   at::ScalarType dtype(at::ScalarType saved, const Target& target) const;
-  bool stays_on_cpu(const Target& target) const;
+  c10::Device device(c10::Device saved, const Target& target) const;
 
  private:
   DType dtype_ = DType::Reference;
   Device device_ = Device::Param;
-  at::ScalarType given_ = at::kFloat;
+  at::ScalarType given_dtype_ = at::kFloat;
+  c10::Device given_device_ = at::kCPU;
 };
 
 class Rules {

@@ -1,10 +1,14 @@
 // Batched copy and cast of plain tensors, for fastopt.copy_ and fastopt.to.
+#include <c10/util/StringUtil.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -81,17 +85,23 @@ bool is_writable(const at::Tensor& tensor) {
 enum class Path { Cpu, Device, Torch };
 
 // Who copies one plain entry into another.
-Path path_of(const at::Tensor& dst, const at::Tensor& src) {
+Path path_of(const at::Tensor& dst, const at::Tensor& src, DeviceBatch& device_batch) {
   if (!is_writable(dst) || !cast_dtypes(src.scalar_type(), dst.scalar_type())) {
     return Path::Torch;
   }
-  if (is_plain(dst) && is_plain(src)) {
-    return same_memory_order(dst, src) ? Path::Cpu : Path::Torch;
+  const bool from_cpu = is_plain(src);
+  const bool to_cpu = is_plain(dst);
+  if (!(from_cpu || is_plain_cuda(src)) || !(to_cpu || is_plain_cuda(dst)) || !same_memory_order(dst, src)) {
+    return Path::Torch;
   }
-  if (is_plain_cuda(dst) && is_plain_cuda(src) && DeviceBatch::takes(dst, src)) {
-    return same_memory_order(dst, src) ? Path::Device : Path::Torch;
+  if (from_cpu && to_cpu) {
+    return Path::Cpu;
   }
-  return Path::Torch;
+  return device_batch.takes(dst, src) ? Path::Device : Path::Torch;
+}
+
+std::string described(const at::Tensor& tensor) {
+  return c10::str(torch::getTHPDtype(tensor.scalar_type())->name, " ", tensor.sizes(), " on ", tensor.device());
 }
 
 }  // namespace
@@ -99,9 +109,13 @@ Path path_of(const at::Tensor& dst, const at::Tensor& src) {
 // Copies the plain entries and calls `leave(indices)` for the others, before any byte moves. Appends the list of the
 // plain ones to `begun` when nothing is left to be done but to copy them. False, and nothing done, where the entries
 // have to be looked at one by one: an entry that is no tensor, shapes that differ, memory that may overlap.
-bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& leave, py::list begun) {
+// non_blocking: whether pinned memory may be read and written later, by the current stream.
+bool copy_plain(const py::list& dsts, const py::list& srcs, bool non_blocking, const py::function& leave,
+                py::list begun) {
   std::vector<std::pair<py::handle, py::handle>> pairs;  // kept alive by the lists
   std::vector<std::pair<py::handle, py::handle>> device_pairs;
+  std::vector<size_t> device_indices;
+  DeviceBatch device_batch;
   std::vector<py::handle> written;
   py::list written_indices;
   std::vector<Interval> dst_memory;
@@ -131,15 +145,21 @@ bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& 
     if (src_bytes && !itself) {
       src_memory.push_back(*src_bytes);
     }
-    const Path path = path_of(dst, src);
+    const Path path = path_of(dst, src, device_batch);
     if (path == Path::Torch) {
       left.append(i);
       continue;
     }
     written.push_back(dst_object);
     written_indices.append(i);
-    if (!itself) {
-      (path == Path::Cpu ? pairs : device_pairs).emplace_back(dst_object, src_object);
+    if (itself) {
+      continue;
+    }
+    if (path == Path::Cpu) {
+      pairs.emplace_back(dst_object, src_object);
+    } else {
+      device_pairs.emplace_back(dst_object, src_object);
+      device_indices.push_back(i);
     }
   }
   if (may_overlap(std::move(dst_memory), std::move(src_memory))) {
@@ -152,9 +172,8 @@ bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& 
   for (const auto& [dst, src] : pairs) {
     batch.copy(dst, src);
   }
-  DeviceBatch device_batch;
   for (const auto& [dst, src] : device_pairs) {
-    device_batch.copy(THPVariable_Unpack(dst.ptr()), THPVariable_Unpack(src.ptr()));
+    device_batch.copy(dst, src);
   }
   if (!written_indices.empty()) {
     begun.append(written_indices);
@@ -162,30 +181,45 @@ bool copy_plain(const py::list& dsts, const py::list& srcs, const py::function& 
   for (const py::handle dst : written) {
     THPVariable_Unpack(dst.ptr()).unsafeGetTensorImpl()->bump_version();
   }
-  device_batch.run();  // first: the device works while the CPU does
+  const auto describe = [&](size_t copy) {
+    const auto& [dst, src] = device_pairs[copy];
+    return "copy_: entry " + std::to_string(device_indices[copy]) + ": " + described(THPVariable_Unpack(src.ptr())) +
+           " -> " + described(THPVariable_Unpack(dst.ptr()));
+  };
+  device_batch.run(describe, non_blocking);  // first: the device works while the CPU does
   batch.run();
   return true;
 }
 
-// Batched `.to(dtype, copy=copy)`; None stands where the result is left to torch.
-py::list to_plain(const py::list& tensors, const py::object& dtype, bool copy) {
+// Batched `.to(device, dtype, copy=copy)`; None stands where the result is left to torch.
+py::list to_plain(const py::list& tensors, const py::object& dtype, const py::object& device, bool copy) {
   Batch batch;
+  DeviceBatch device_batch;
+  std::vector<size_t> device_indices;
   py::list results;
-  for (const py::handle& object : tensors) {
-    py::object result = py::none();
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const py::object object = tensors[i];
+    py::object result;
     if (THPVariable_CheckExact(object.ptr())) {
       const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
-      const at::ScalarType target = dtype.is_none() ? tensor.scalar_type() : dtype.cast<at::ScalarType>();
-      if (is_plain(tensor)) {
-        if (!copy && target == tensor.scalar_type()) {
-          result = py::reinterpret_borrow<py::object>(object);
-        } else if (py::object made = batch.cast(object, target)) {
-          result = std::move(made);
-        }
+      const at::ScalarType to_dtype = dtype.is_none() ? tensor.scalar_type() : dtype.cast<at::ScalarType>();
+      const c10::Device place = device.is_none() ? tensor.device() : DeviceBatch::resolved(device.cast<at::Device>());
+      const bool on_cpu = is_plain(tensor);
+      if (!copy && to_dtype == tensor.scalar_type() && place == tensor.device()) {
+        result = on_cpu || is_plain_cuda(tensor) ? object : py::object();
+      } else if (on_cpu && place == tensor.device()) {
+        result = batch.cast(object, to_dtype);
+      } else if (on_cpu || is_plain_cuda(tensor)) {
+        result = device_batch.cast(object, to_dtype, place);
+        device_indices.resize(device_batch.size(), i);
       }
     }
-    results.append(std::move(result));
+    results.append(result ? std::move(result) : py::none());
   }
+  device_batch.run([&](size_t copy) {
+    const size_t i = device_indices[copy];
+    return "to: entry " + std::to_string(i) + ": " + described(THPVariable_Unpack(py::object(tensors[i]).ptr()));
+  });
   batch.run();
   return results;
 }

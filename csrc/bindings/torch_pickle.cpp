@@ -7,8 +7,8 @@
 #include <bit>
 #include <limits>
 
-#include "batch.h"
 #include "checked.h"
+#include "jobs.h"
 #include "plain.h"
 
 namespace py = pybind11;

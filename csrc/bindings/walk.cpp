@@ -10,11 +10,14 @@
 #include <deque>
 #include <map>
 #include <span>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "batch.h"
 #include "bindings.h"
 #include "checked.h"
+#include "device.h"
 #include "entries.h"
 #include "plain.h"
 #include "rules.h"
@@ -59,7 +62,8 @@ class Walk {
         audits_(audits),
         gives_(gives),
         rules_(rule_of),
-        batch_(reads_files) {}
+        batch_(reads_files),
+        device_batch_(reads_files) {}
 
   void visit(const Entry& entry) {
     saved_id_ = entry.item.key;
@@ -75,8 +79,9 @@ class Walk {
     py::object result;
     if (THPVariable_CheckExact(param_.ptr())) {
       const at::Tensor& tensor = THPVariable_Unpack(param_.ptr());
-      target_ = {tensor.scalar_type(), tensor.device().is_cpu(), is_hosted_on_device(saved_id_)};
-      if (target_.is_on_cpu || !rules_.are_reference()) {
+      target_ = {tensor.scalar_type(), tensor.device(), is_hosted_on_device(saved_id_)};
+      const bool is_reached = target_.device.is_cpu() || (target_.device.is_cuda() && DeviceBatch::is_built());
+      if (is_reached || !rules_.are_reference()) {
         result = entry.is_dict ? cast_dict(entry.items, entry.item.sole) : cast(entry.item, /*sole=*/true);
       }
     }
@@ -84,6 +89,7 @@ class Walk {
   }
 
   py::tuple finish() {
+    device_batch_.run([this](size_t copy) { return described(places_[copy]); });
     batch_.run();
     py::list counts;
     for (const auto& [dtypes, tally] : tallies_) {
@@ -116,6 +122,16 @@ class Walk {
     int64_t tensors;
     Audit audit;
   };
+
+  struct Place {
+    py::object saved_id;
+    py::object key;  // null for an item of a list
+  };
+
+  static std::string described(const Place& place) {
+    const std::string entry = "the state saved under id " + std::string(py::repr(place.saved_id));
+    return entry + (place.key ? ", at key " + std::string(py::repr(place.key)) : ", at a value without a key");
+  }
 
   // Where a cast of the current state key is counted.
   Audited* audited(DTypes dtypes) {
@@ -205,32 +221,49 @@ class Walk {
   py::object cast_tensor(const Item& item, bool sole) {
     const at::Tensor& tensor = THPVariable_Unpack(item.value.ptr());
     const Rule& rule = rules_.at(state_key_, item.key && is_step(item.key.ptr()));
+    const bool on_cpu = is_plain(tensor);
     // Outside of grad mode a tensor that requires grad is plain to a cast, but not to the deep copy that comes first.
-    if (!is_plain(tensor) || (!memo_.is_none() && tensor.requires_grad()) || !rule.stays_on_cpu(target_)) {
+    if (!(on_cpu || is_plain_cuda(tensor)) || (!memo_.is_none() && tensor.requires_grad())) {
       return {};
     }
     const at::ScalarType dtype = rule.dtype(tensor.scalar_type(), target_);
-    if (dtype != tensor.scalar_type()) {
-      Audited* const row = audits_ ? audited({tensor.scalar_type(), dtype}) : nullptr;
-      py::object result = batch_.cast(item.value, dtype, row == nullptr ? nullptr : &row->audit, gives_ && sole);
-      if (result) {
-        count(tensor, THPVariable_Unpack(result.ptr()));
-        if (row != nullptr) {
-          row->tensors += 1;
-        }
-      }
-      return result;
+    const c10::Device device = rule.device(tensor.device(), target_);
+    if (dtype != tensor.scalar_type() || device != tensor.device()) {
+      return cast_to(item, dtype, device, on_cpu && device == tensor.device(), sole);
     }
     if (memo_.is_none()) {
       shared_ += 1;
       return item.value;
     }
-    return copy_tensor(item.value, tensor, sole);
+    return copy_tensor(item, sole);
+  }
+
+  py::object cast_to(const Item& item, at::ScalarType dtype, c10::Device device, bool within_cpu, bool sole) {
+    const at::Tensor& tensor = THPVariable_Unpack(item.value.ptr());
+    Audited* const row = audits_ && dtype != tensor.scalar_type() ? audited({tensor.scalar_type(), dtype}) : nullptr;
+    Audit* const audit = row == nullptr ? nullptr : &row->audit;
+    py::object result = within_cpu ? batch_.cast(item.value, dtype, audit, gives_ && sole)
+                                   : cast_on_device(item, dtype, device, audit, gives_ && sole);
+    if (!result) {
+      return {};
+    }
+    count(tensor, THPVariable_Unpack(result.ptr()));
+    if (row != nullptr) {
+      row->tensors += 1;
+    }
+    return result;
+  }
+
+  py::object cast_on_device(const Item& item, at::ScalarType dtype, c10::Device device, Audit* audit, bool is_given) {
+    py::object result = device_batch_.cast(item.value, dtype, device, audit, is_given);
+    places_.resize(device_batch_.size(), {saved_id_, item.key});
+    return result;
   }
 
   // A copy that a later `copy.deepcopy(object, memo)` will find; where this is the only reference to the object, none
   // can come.
-  py::object copy_tensor(const py::object& object, const at::Tensor& tensor, bool sole) {
+  py::object copy_tensor(const Item& item, bool sole) {
+    const py::object& object = item.value;
     py::object id;
     if (!sole) {
       id = checked(PyLong_FromVoidPtr(object.ptr()));
@@ -239,10 +272,16 @@ class Walk {
       }
       check(PyErr_Occurred() != nullptr);
     }
+    const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
     if (!has_only_its_storage(object.ptr(), tensor)) {
       return {};
     }
-    py::object result = batch_.clone(object);
+    py::object result;
+    if (tensor.is_cpu()) {
+      result = batch_.clone(object);
+    } else if (fills_its_storage(tensor)) {
+      result = cast_on_device(item, tensor.scalar_type(), tensor.device(), nullptr, /*is_given=*/false);
+    }
     if (!result) {
       return {};
     }
@@ -285,9 +324,11 @@ class Walk {
   py::object state_key_ = py::none();  // of what stands in the parameter's state, at any depth
   size_t depth_ = 0;                   // of containers around the value being cast
 
-  std::deque<Audited> audited_;  // the batch points into it: before the batch, and growing without moving
+  std::deque<Audited> audited_;  // the batches point into it: before them, and growing without moving
   Rules rules_;
   Batch batch_;
+  DeviceBatch device_batch_;
+  std::vector<Place> places_;  // of what the device batch lists
   py::list deferred_;
   std::map<DTypes, Tally> tallies_;
   std::pair<const DTypes, Tally>* tally_ = nullptr;  // the last one used

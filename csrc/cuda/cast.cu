@@ -1,11 +1,10 @@
 #include <array>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "../core/dtype.h"
 #include "cast.h"
+#include "check.h"
 #include "lanes.h"
 #include "launches.h"
 
@@ -13,12 +12,6 @@ namespace fastopt::cuda {
 namespace {
 
 constexpr int kWarps = 8;  // of a block
-
-void check(cudaError_t error) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
-  }
-}
 
 template <class Src, class Dst, int kCapacity>
 __global__ void __launch_bounds__(kWarps* kLanes) cast_items(const __grid_constant__ Items<kCapacity> items) {

@@ -19,7 +19,6 @@ from fastopt.backends.interface import PlaceInFile, Rules, State
 from fastopt.files.staging import Entry, write_tensors
 
 name = "native"
-_CPU = torch.device("cpu")  # unlike "cpu:0", which to torch is another device, and a copy
 
 
 def _check_build() -> None:
@@ -87,14 +86,12 @@ def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool
             begun.append([index])
             python.copy_entry(index, dsts[index], srcs[index], non_blocking)
 
-    if not _C.copy_plain(dsts, srcs, leave_to_torch, begun):
+    if not _C.copy_plain(dsts, srcs, non_blocking, leave_to_torch, begun):
         python.copy_(dsts, srcs, non_blocking, begun)
 
 
 def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list[torch.Tensor]:
-    if options.get("device", _CPU) != _CPU:
-        return python.to(tensors, options, copy)
-    results = _C.to_plain(tensors, options.get("dtype"), copy)
+    results = _C.to_plain(tensors, options.get("dtype"), options.get("device"), copy)
     for index, result in enumerate(results):
         if result is None:
             results[index] = python.to_entry(index, tensors[index], options, copy)

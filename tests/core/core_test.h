@@ -51,8 +51,10 @@ std::span<const Test> cutting_tests();
 std::span<const Test> file_tests();
 std::span<const Test> kernels_tests();
 std::span<const Test> launches_tests();
+std::span<const Test> ring_tests();
 std::span<const Test> slab_tests();
 std::span<const Test> torch_zip_tests();
+std::span<const Test> transfers_tests();
 
 // ---- Elements and the memory they stand in ----
 

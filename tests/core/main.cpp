@@ -12,9 +12,10 @@ using core_test::Test;
 int main(int count, char** arguments) {
   const std::string_view part = count > 1 ? arguments[1] : "";
   int failures = 0;
-  for (const auto& tests : {core_test::audit_tests(), core_test::cpu_target_tests(), core_test::cutting_tests(),
-                            core_test::file_tests(), core_test::kernels_tests(), core_test::launches_tests(),
-                            core_test::slab_tests(), core_test::torch_zip_tests()}) {
+  for (const auto& tests :
+       {core_test::audit_tests(), core_test::cpu_target_tests(), core_test::cutting_tests(), core_test::file_tests(),
+        core_test::kernels_tests(), core_test::launches_tests(), core_test::ring_tests(), core_test::slab_tests(),
+        core_test::torch_zip_tests(), core_test::transfers_tests()}) {
     for (const Test& test : tests) {
       if (std::string_view(test.name).find(part) == std::string_view::npos) {
         continue;

@@ -8,13 +8,12 @@
 #include <random>
 #include <span>
 #include <stdexcept>
-#include <utility>
 #include <vector>
 
 #include "core_test.h"
 #include "dtype.h"
+#include "fake_device.h"
 #include "kernels.h"
-#include "lanes.h"
 #include "run.h"
 
 namespace core_test {
@@ -22,45 +21,10 @@ namespace {
 
 using fastopt::bfloat16;
 using fastopt::DType;
-using fastopt::float16;
 using fastopt::Job;
-using fastopt::kDTypes;
 using fastopt::size_of;
 using fastopt::cuda::for_each_launch;
 using fastopt::cuda::Item;
-
-using PlayFn = void (*)(std::span<const Item>);
-
-template <class Src, class Dst>
-void play(std::span<const Item> items) {
-  const auto size = static_cast<int64_t>(items.size());
-  for (int64_t position = 0; position < items.back().end; ++position) {
-    const auto chunk = fastopt::cuda::chunk_at<Src, Dst>(items.data(), size, position);
-    check(chunk.count > 0, "chunk ", position, " of ", items.back().end, " has ", chunk.count, " elements");
-    for (int lane = 0; lane < fastopt::cuda::kLanes; ++lane) {
-      fastopt::cuda::cast_chunk<Src, Dst>(chunk, lane);
-    }
-  }
-}
-
-template <class Src>
-constexpr std::array<PlayFn, kDTypes> plays_from() {
-  return {play<Src, float>, play<Src, bfloat16>, play<Src, float16>, play<Src, double>, nullptr};
-}
-
-constexpr std::array<std::array<PlayFn, kDTypes>, kDTypes> kPlays{
-    plays_from<float>(),
-    plays_from<bfloat16>(),
-    plays_from<float16>(),
-    plays_from<double>(),
-    {nullptr, nullptr, nullptr, nullptr, play<char, char>},
-};
-
-void run_on_fake_device(std::span<const Job> jobs) {
-  for_each_launch(jobs, [](DType src, DType dst, std::span<const Item> items) {
-    kPlays[static_cast<size_t>(src)][static_cast<size_t>(dst)](items);
-  });
-}
 
 // Random bytes into fresh memory, both at an offset from an allocation's start; and what the CPU's kernels make of
 // them.
@@ -78,7 +42,7 @@ class Batch {
   }
 
   void check_on_fake_device() const {
-    run_on_fake_device(jobs_);
+    cast_on_fake_device(jobs_);
     for (size_t job = 0; job < jobs_.size(); ++job) {
       const int64_t bytes = jobs_[job].count * size_of(jobs_[job].dst_dtype);
       check(std::memcmp(dsts_[job].data(), expected_[job].data(), static_cast<size_t>(bytes)) == 0, "job ", job, " of ",
@@ -94,18 +58,6 @@ class Batch {
   std::vector<Buffer> expected_;
   std::vector<Job> jobs_;
 };
-
-std::vector<std::pair<DType, DType>> pairs_with_kernels() {
-  std::vector<std::pair<DType, DType>> pairs;
-  for (const DType src : kAllDTypes) {
-    for (const DType dst : kAllDTypes) {
-      if (fastopt::kPortableKernels.find(src, dst) != nullptr) {
-        pairs.emplace_back(src, dst);
-      }
-    }
-  }
-  return pairs;
-}
 
 void test_lanes_cast_at_every_alignment() {
   for (const auto& [src, dst] : pairs_with_kernels()) {

@@ -5,27 +5,12 @@ import torch
 
 import fastopt
 from tests.batches import FLOATING, OTHERS
+from tests.gpu.device import assert_same_bits_but_for_nan, needs_gpu, random_values
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = needs_gpu
 
 GPU = "cuda"
 COUNTS = (0, 1, 7, 16, 33, 4095, 4096, 4097, 100_003)
-
-
-def random_values(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Random bits, so every kind of number: infinite, subnormal, NaN."""
-    if dtype is torch.bool:
-        return torch.rand(count, device=GPU) > 0.5
-    return torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8, device=GPU).view(dtype)
-
-
-def assert_same_bits_but_for_nan(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert actual.dtype == expected.dtype
-    if actual.dtype.is_floating_point and actual.dtype.itemsize > 1:
-        nan = expected.isnan()
-        assert torch.equal(actual.isnan(), nan)
-        actual, expected = actual[~nan], expected[~nan]
-    assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
 
 
 def assert_copied(dsts: list[torch.Tensor], srcs: list[torch.Tensor]) -> None:

@@ -8,10 +8,11 @@ import torch
 from torch.optim import AdamW
 
 import fastopt
+from tests.gpu.device import needs_gpu
 from tests.oracle import TORCH_STATE_DICT, Comparison, trained
 
 pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    needs_gpu,
     pytest.mark.usefixtures("backend"),
 ]
 
