@@ -375,7 +375,7 @@ def test_each_entry_is_as_torch_writes_it(folder, monkeypatch):
     monkeypatch.setattr(dcp_writer, "MOST_ENTRIES", 7)
     content = {f"t{index}": torch.randn(index * 977 % 23_000) for index in range(40)}
     content.update({f"v{index}": (index, "x" * index, [1.5, None]) for index in range(20)})
-    content.update(odd={1, 2}, size=torch.Size([1]), last=torch.ones(3), range=range(3))
+    content.update(odd={1, 2}, size=torch.Size([1]), last=torch.ones(3))
     dcp_folder.write(folder, content)
     [file] = folder.glob("*.distcp")
     raw, end = file.read_bytes(), 0

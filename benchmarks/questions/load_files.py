@@ -71,7 +71,7 @@ QUESTION = Question(
     build=files.file_to_load,
     contenders=(
         contender(LIBRARY, by_library),
-        contender(MAPPED, partial(by_library, mmap=True), lambda size: size["suffix"] == ".pt"),
+        contender(MAPPED, partial(by_library, mmap=True), lambda size: size["suffix"] == ".pt" and is_large(size)),
         contender(OURS, lambda work: fastopt.load(work.optimizer, work.path), environment=NATIVE_BACKEND),
         contender(FLOOR, lambda work: floor.read(files.files_of(work.path), work.bytes_written), is_large),
         contender(DISK, lambda work: floor.read(files.files_of(work.path), 0, 1), lambda size: size["cache"] == "cold"),

@@ -1,6 +1,5 @@
 """Zip archives whose records are mapped into memory as they stand in the file."""
 
-import mmap
 import os
 import struct
 import zipfile
@@ -67,9 +66,9 @@ def _end(record: zipfile.ZipInfo) -> int:
 
 
 def _are_aligned(path: str | os.PathLike[str], records: list[zipfile.ZipInfo]) -> bool:
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+    with open(path, "rb", buffering=0) as file:
         return all(
-            (begin + data_start(record, content[begin : begin + HEADER.size])) % WIDEST == 0
+            (begin + data_start(record, os.pread(file.fileno(), HEADER.size, begin))) % WIDEST == 0
             for record in records
             if "/data/" in record.filename and (begin := record.header_offset) >= 0
         )

@@ -100,11 +100,7 @@ def write(path: str | os.PathLike[str], content: Any, dtypes: Mapping[int, torch
     """
     check_alignment()
     with replacing(path) as file:
-        try:
-            current().write_torch_files(file.fileno(), [content], dtypes or {})
-        except Exception as error:
-            error.add_note(f"while writing {os.fspath(path)}")
-            raise
+        current().write_torch_files(file.fileno(), [content], dtypes or {})
 
 
 def check_alignment() -> None:

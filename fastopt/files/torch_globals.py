@@ -60,6 +60,10 @@ class Unpickler(pickle._Unpickler):  # the one in C makes room for as many objec
         self.names.add(f"{module}.{name}")
         return type(name, (NumpyDtype if (module, name) == ("numpy", "dtype") else StandIn,), {"names": self.names})
 
+    def get_extension(self, code: int) -> Any:
+        """Nothing for a number of `copyreg`: what stands for it is the real thing, past `find_class`."""
+        raise pickle.UnpicklingError(f"extension {code}")
+
     def persistent_load(self, _: Any) -> Any:
         """A storage."""
         return StandIn()
