@@ -111,6 +111,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_room(path: Path) -> None:
+    """For a file to be written, on a disk that is not at work for whoever wrote before."""
+    remove(path)
+    os.sync()
+
+
 def warm(path: Path) -> None:
     """Bring the files into the page cache."""
     for file in files_of(path):

@@ -26,8 +26,8 @@ MORE_TENSORS = (
     "rest is making the results (timers around the parts)"
 )
 OTHER_CACHES = (
-    "a parameter takes longer the more of the saved tensors' own objects, some 1 KiB a parameter, are not in the cache "
-    "when the walk comes to them (perf: the largest single costs are look-ups and the first reads of those)"
+    "a parameter takes longer the more of the saved tensors' own objects are not in the cache when the walk comes to "
+    "them (perf at 100,000: look-ups in dicts and the first reads of those objects are the largest single costs)"
 )
 
 

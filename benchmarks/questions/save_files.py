@@ -21,8 +21,7 @@ def contender(
     name: str, save: Callable[[FileWork], object], environment: dict[str, str] | None = None
 ) -> Contender[FileWork]:
     def prepare(work: FileWork) -> Callable[[], object]:
-        files.remove(work.path)
-        os.sync()  # or the disk would be at work for whoever wrote before
+        files.make_room(work.path)
         return partial(save, work)
 
     def rounds(size: Size, rounds: int) -> int:

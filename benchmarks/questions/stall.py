@@ -1,6 +1,5 @@
 """How long training stands still for a save that goes on in the background."""
 
-import os
 import threading
 from collections.abc import Callable
 from copy import deepcopy
@@ -24,8 +23,7 @@ def contender(
     name: str, stall: Callable[[FileWork], object], environment: dict[str, str] | None = None
 ) -> Contender[FileWork]:
     def prepare(work: FileWork) -> Callable[[], object]:
-        files.remove(work.path)
-        os.sync()
+        files.make_room(work.path)
         return partial(stall, work)
 
     return Contender(name, prepare, environment or {})
