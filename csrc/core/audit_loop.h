@@ -52,6 +52,26 @@ constexpr W kSmallestNormal<float16, W> = W{0x1p-14};
 template <class Src, class Dst>
 constexpr bool kExact = std::is_same_v<Dst, double> || (std::is_same_v<Dst, float> && !std::is_same_v<Src, double>);
 
+// The smallest number that rounds to infinity.
+template <class T>
+constexpr float kRoundsToInfinity = std::bit_cast<float>(0x7f7f8000u);  // half a last bit above the largest bfloat16
+template <>
+constexpr float kRoundsToInfinity<float16> = 65520.0f;
+
+// Note [Settled]
+// No value that is normal before and after has a larger relative error than the one halfway between one and the next
+// number, and among some millions of random values that one is found. From then on there is nothing to compute: a block
+// is ordinary if its values are zero or within the new dtype's normal range.
+template <class T>
+constexpr float kLargestErrorOfNormal = 0x1p-8f / (1.0f + 0x1p-8f);
+template <>
+constexpr float kLargestErrorOfNormal<float16> = 0x1p-11f / (1.0f + 0x1p-11f);
+
+template <class Dst>
+bool is_settled(double largest_error) {
+  return largest_error >= kLargestErrorOfNormal<Dst>;
+}
+
 // Whether a value that is normal in one dtype may be subnormal in another.
 template <class Src, class Dst>
 constexpr bool kNarrowsRange = kSmallestNormal<Src, double> < kSmallestNormal<Dst, double>;
@@ -174,7 +194,8 @@ void audit_cast(const void* src, int64_t count, Audit& audit) {
 
 // Whether vectors can be looked at while they are cast: what they hold is all of a value, so not where it is a float64.
 template <class Vector, class Src, class Dst>
-constexpr bool kIsWatched = !std::is_same_v<Src, double> && requires { typename Vector::template Watch<Src, Dst>; };
+constexpr bool kIsWatched =
+    !std::is_same_v<Src, double> && requires { typename Vector::template Watch<Src, Dst, false>; };
 
 }  // namespace
 }  // namespace fastopt

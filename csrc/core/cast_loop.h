@@ -103,6 +103,19 @@ void cast(const void* src, void* dst, int64_t count) {
                         count - i);
 }
 
+// Casts a block while a watch looks at its vectors; only if that saw what is not ordinary are the values counted.
+template <class Vector, class Src, class Dst, Store kStore, bool kSettled>
+int64_t watched_cast(const char* from, char* to, int64_t first, int64_t last, Audit& audit) {
+  typename Vector::template Watch<Src, Dst, kSettled> watch(static_cast<float>(audit.largest_error));
+  const int64_t end =
+      cast_vectors<Vector, Src, Dst, kStore>(from, to, first, last, [&](const auto& lanes) { watch.see(lanes); });
+  audit.values += end - first;
+  if (!watch.saw_only_ordinary()) {
+    count_one_by_one<Src, Dst>(from + first * static_cast<int64_t>(sizeof(Src)), end - first, audit);
+  }
+  return end;
+}
+
 // The same cast, with an audit.
 template <class Vector, class Src, class Dst, Store kStore>
 void audited_cast(const void* src, void* dst, int64_t count, Audit& audit) {
@@ -123,12 +136,9 @@ void audited_cast(const void* src, void* dst, int64_t count, Audit& audit) {
     const int64_t first = i;
     const int64_t last = std::min(first + kAuditedBlock, count);
     if constexpr (kIsWatched<Vector, Src, Dst>) {
-      typename Vector::template Watch<Src, Dst> watch(static_cast<float>(audit.largest_error));
-      i = cast_vectors<Vector, Src, Dst, kStore>(from, to, first, last, [&](const auto& lanes) { watch.see(lanes); });
-      audit.values += i - first;
-      if (!watch.saw_only_ordinary()) {
-        count_one_by_one<Src, Dst>(from + first * kSrc, i - first, audit);
-      }
+      i = is_settled<Dst>(audit.largest_error)
+              ? watched_cast<Vector, Src, Dst, kStore, true>(from, to, first, last, audit)
+              : watched_cast<Vector, Src, Dst, kStore, false>(from, to, first, last, audit);
     } else {
       audit_cast<Src, Dst>(from + first * kSrc, last - first, audit);
       i = cast_vectors<Vector, Src, Dst, kStore>(from, to, first, last, [](const auto&) {});

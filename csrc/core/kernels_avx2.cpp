@@ -96,7 +96,7 @@ struct SixteenLanes {
   static void fence() { _mm_sfence(); }
 
   // Which lanes have seen only ordinary values.
-  template <class Src, class Dst>
+  template <class Src, class Dst, bool kSettled>
   class Watch {
    public:
     explicit Watch(float largest_error) : tolerated_(_mm256_set1_ps(std::min(largest_error, kTolerated))) {}
@@ -115,18 +115,27 @@ struct SixteenLanes {
       if constexpr (kExact<Src, Dst>) {
         return _mm256_or_ps(odd,
                             _mm256_cmp_ps(size, _mm256_set1_ps(std::numeric_limits<float>::infinity()), _CMP_NLT_UQ));
+      } else if constexpr (kSettled) {
+        const __m256i large = _mm256_cmpgt_epi32(_mm256_castps_si256(size),
+                                                 _mm256_set1_epi32(std::bit_cast<int>(kRoundsToInfinity<Dst>) - 1));
+        return _mm256_or_ps(odd, _mm256_or_ps(_mm256_castsi256_ps(large), below_normal(size)));
       } else {
         const __m256 error = magnitude(_mm256_sub_ps(before, result(before)));
         odd = _mm256_or_ps(odd, _mm256_cmp_ps(error, _mm256_mul_ps(size, tolerated_), _CMP_NLE_UQ));
         if constexpr (kNarrowsRange<Src, Dst>) {
-          // zero less one bit is negative, and so is neither between zero and the smallest normal number less one bit
-          const __m256i less_one = _mm256_add_epi32(_mm256_castps_si256(size), _mm256_set1_epi32(-1));
-          const __m256i small =
-              _mm256_cmpgt_epi32(_mm256_set1_epi32(std::bit_cast<int>(kSmallestNormal<Dst, float>) - 1), less_one);
-          odd = _mm256_or_ps(odd, _mm256_andnot_ps(_mm256_castsi256_ps(less_one), _mm256_castsi256_ps(small)));
+          odd = _mm256_or_ps(odd, below_normal(size));
         }
         return odd;
       }
+    }
+
+    // Which are smaller than the smallest normal number, but not zero: zero less one bit is negative, and so is neither
+    // between zero and the smallest normal number less one bit.
+    static __m256 below_normal(__m256 size) {
+      const __m256i less_one = _mm256_add_epi32(_mm256_castps_si256(size), _mm256_set1_epi32(-1));
+      const __m256i small =
+          _mm256_cmpgt_epi32(_mm256_set1_epi32(std::bit_cast<int>(kSmallestNormal<Dst, float>) - 1), less_one);
+      return _mm256_andnot_ps(_mm256_castsi256_ps(less_one), _mm256_castsi256_ps(small));
     }
 
     // What the cast makes of them; a NaN may become anything.

@@ -107,7 +107,7 @@ struct ThirtyTwoLanes {
   static void fence() { _mm_sfence(); }
 
   // Which lanes have seen only ordinary values, as that of AVX2.
-  template <class Src, class Dst>
+  template <class Src, class Dst, bool kSettled>
   class Watch {
    public:
     explicit Watch(float largest_error) : tolerated_(_mm512_set1_ps(std::min(largest_error, kTolerated))) {}
@@ -127,6 +127,13 @@ struct ThirtyTwoLanes {
       constexpr int kNotFinite = 0x99;
       if constexpr (kExact<Src, Dst>) {
         return _kandn_mask16(_mm512_fpclass_ps_mask(before, kNotFinite), ordinary);
+      } else if constexpr (kSettled) {
+        // less one, zero is the largest of all without a sign, and negative with one
+        constexpr auto kNormal = std::bit_cast<int>(kSmallestNormal<Dst, float>);
+        constexpr auto kInfinite = std::bit_cast<int>(kRoundsToInfinity<Dst>);
+        const __m512i less_one = _mm512_sub_epi32(_mm512_castps_si512(_mm512_abs_ps(before)), _mm512_set1_epi32(1));
+        ordinary = _mm512_mask_cmpge_epu32_mask(ordinary, less_one, _mm512_set1_epi32(kNormal - 1));
+        return _mm512_mask_cmplt_epi32_mask(ordinary, less_one, _mm512_set1_epi32(kInfinite - 1));
       } else {
         const __m512 size = _mm512_abs_ps(before);
         const __m512 error = _mm512_abs_ps(_mm512_sub_ps(before, result(before)));

@@ -45,21 +45,22 @@ void fill(char* at, int64_t count) {
 }
 
 // One value after the other, by the kernels' own results.
-Audit expected(const char* src, int64_t count, const Kernels& kernels) {
+Audit expected(const char* src, int64_t count, const Kernels& kernels, DType to = DType::Float16) {
+  const float smallest_normal = to == DType::Float16 ? 0x1p-14f : 0x1p-126f;
   Audit audit;
   for (int64_t i = 0; i < count; ++i) {
     float before;
     float after;
     uint16_t half;
     std::memcpy(&before, src + i * 4, 4);
-    kernels.find(DType::Float32, DType::Float16)(&before, &half, 1);
-    kernels.find(DType::Float16, DType::Float32)(&half, &after, 1);
+    kernels.find(DType::Float32, to)(&before, &half, 1);
+    kernels.find(to, DType::Float32)(&half, &after, 1);
     audit.values += 1;
     audit.nan += std::isnan(before);
     audit.inf += std::isinf(before);
     audit.overflowed += std::isfinite(before) && std::isinf(after);
     audit.underflowed += before != 0 && after == 0;
-    audit.subnormal += after != 0 && std::abs(after) < 0x1p-14f && std::abs(before) >= 0x1p-126f;
+    audit.subnormal += after != 0 && std::abs(after) < smallest_normal && std::abs(before) >= 0x1p-126f;
     if (std::isfinite(before) && std::isfinite(after) && after != 0) {
       audit.largest_error = std::max(audit.largest_error, static_cast<double>(std::abs((before - after) / before)));
     }
@@ -77,7 +78,8 @@ void check_same(const Audit& actual, const Audit& wanted, const std::string& tar
   is("subnormal", actual.subnormal, wanted.subnormal);
   is("nan", actual.nan, wanted.nan);
   is("inf", actual.inf, wanted.inf);
-  check(std::abs(actual.largest_error / wanted.largest_error - 1) < 1e-6, target, ": error ", actual.largest_error);
+  check(std::abs(actual.largest_error - wanted.largest_error) <= 1e-6 * wanted.largest_error, target, ": error ",
+        actual.largest_error);
 }
 
 void in_threads(int64_t tasks, const std::function<void(int64_t)>& task) {
@@ -116,13 +118,61 @@ void test_a_lone_nan_is_found_wherever_it_is() {
         const Buffer src(4 * 1100);
         const Buffer dst(8 * 1100);
         for (int64_t i = 0; i < 1100; ++i) {
-          const uint32_t bits = i == place ? 0x7fffffffu : std::bit_cast<uint32_t>(1.0f + static_cast<float>(i) / 2048);
+          const uint32_t bits = i == place ? 0x7fffffffu : std::bit_cast<uint32_t>(1.0f);
           std::memcpy(src.data() + 4 * i, &bits, 4);
         }
-        Audit audit;
-        audit.largest_error = 0.25;
-        fastopt::kernels().find_audited(DType::Float32, to)(src.data(), dst.data(), 1100, audit);
-        check(audit.nan == 1, target, ": found ", audit.nan, " NaNs, where one is at ", place);
+        for (const double largest_error : {0.0, 0.25}) {  // before and after Note [Settled]
+          Audit audit;
+          audit.largest_error = largest_error;
+          fastopt::kernels().find_audited(DType::Float32, to)(src.data(), dst.data(), 1100, audit);
+          check(audit.nan == 1, target, ": found ", audit.nan, " NaNs, where one is at ", place);
+        }
+      }
+    }
+  }
+}
+
+// Values on both sides of each bound, alone among ordinary ones, before and after Note [Settled].
+void test_a_lone_value_is_counted_on_the_right_side_of_each_bound() {
+  constexpr int64_t kCount = 256;
+  const float infinity = std::numeric_limits<float>::infinity();
+  std::vector<float> bounds{0x1p-14f,
+                            0x1p-24f,
+                            0x1p-25f,
+                            65504.0f,
+                            65520.0f,
+                            0x1p-126f,
+                            0x1p-133f,
+                            0x1p-134f,
+                            0x1p-149f,
+                            0.0f,
+                            infinity,
+                            1.0f,
+                            std::bit_cast<float>(0x7f7f8000u)};
+  bounds.push_back(1.0f + 0x1p-11f);  // halfway, and so the largest errors
+  bounds.push_back(1.0f + 0x1p-8f);
+  for (const std::string& target : fastopt::cpu_targets()) {
+    fastopt::use_cpu_target(target);
+    const Kernels& kernels = fastopt::kernels();
+    for (const DType to : {DType::BFloat16, DType::Float16}) {
+      for (const float bound : bounds) {
+        for (const float value : {std::nextafter(bound, 0.0f), bound, std::nextafter(bound, infinity), -bound}) {
+          const Buffer src(4 * kCount);
+          const Buffer dst(2 * kCount);
+          for (int64_t i = 0; i < kCount; ++i) {
+            const float other = i == 77 ? value : 1.0f;
+            std::memcpy(src.data() + 4 * i, &other, 4);
+          }
+          const Audit wanted = expected(src.data(), kCount, kernels, to);
+          for (const double largest_error : {0.0, 0x1p-11, 0x1p-8, 0.5}) {
+            Audit audit;
+            audit.largest_error = largest_error;
+            kernels.find_audited(DType::Float32, to)(src.data(), dst.data(), kCount, audit);
+            Audit all = wanted;
+            all.largest_error = std::max(wanted.largest_error, largest_error);
+            check_same(audit, all, target);
+          }
+        }
       }
     }
   }
@@ -206,6 +256,7 @@ std::span<const Test> audit_tests() {
   static constexpr std::array kTests{
       TEST(test_threads_audit_every_value_once),
       TEST(test_a_lone_nan_is_found_wherever_it_is),
+      TEST(test_a_lone_value_is_counted_on_the_right_side_of_each_bound),
       TEST(test_an_audit_of_few_values_reads_no_byte_too_many),
       TEST(test_what_is_given_is_discarded_and_nothing_beside_it),
   };
