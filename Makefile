@@ -1,6 +1,8 @@
 # make demo   the main job, end to end          make bench   every benchmark
 # make test   all tests, with coverage          make lint    formatting, types, style
-# make fuzz   damaged checkpoints, loaded for FUZZ_SECONDS=60
+# make fuzz   damaged checkpoints, loaded for FUZZ_SECONDS=60      make docs   the site, in build/site
+# make test-integrations   trainings of Lightning, Accelerate, transformers and others' optimizers, under fastopt
+# make sanitize   C++ under the address and undefined-behaviour sanitizers: core's tests, and the extension's
 # Each sets up what it needs (make setup): .venv, torch, the other dependencies, the extension.
 #
 # TORCH=2.13.0   another version of torch       PYTHON=python3   the Python that .venv is made from
@@ -20,7 +22,7 @@ COMPILE   := MAX_JOBS=$(JOBS) $(BIN)/python setup.py --quiet build_ext --inplace
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test fuzz bench lint format cuda-build gpu-check clean
+.PHONY: setup demo test test-integrations fuzz sanitize docs bench lint format cuda-build gpu-check clean
 
 setup: $(EXTENSION)
 
@@ -52,6 +54,40 @@ FUZZ_SECONDS ?= 60
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz.readers --seconds $(FUZZ_SECONDS)
+
+# The extension of its own, in build/sanitized. Python and torch themselves are not built so: what they leave at exit is
+# no leak of ours, and the tests count references and memory by themselves. What starts other Pythons, or needs torch's
+# own OpenMP to end its threads, is left out.
+SANITIZED := build/sanitized
+SANITIZED_TESTS ?= tests/test_batch_copy.py tests/test_load_values.py tests/test_load_modes.py tests/test_inplace.py \
+	tests/test_donation.py tests/test_audit.py tests/test_torch_write.py tests/test_plain_pickle.py \
+	tests/test_damaged_files.py tests/test_safetensors.py tests/test_file_jobs.py tests/test_dcp_folder.py
+
+sanitize: setup
+	$(BIN)/python -m pytest -p no:cacheprovider tests/test_core.py tests/test_cuda.py
+	CFLAGS="-fsanitize=address,undefined -fno-omit-frame-pointer" LDFLAGS="-fsanitize=address,undefined" \
+		FASTOPT_BUILD=cpu MAX_JOBS=$(JOBS) $(BIN)/python setup.py --quiet build \
+		--build-base $(SANITIZED)/base --build-lib $(SANITIZED)/lib
+	rm -rf $(SANITIZED)/lib/tests && cp -r tests README.md $(SANITIZED)/lib
+	cd $(SANITIZED)/lib && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		$(abspath $(BIN))/python -m pytest -p no:cacheprovider -q $(SANITIZED_TESTS)
+
+# Trainers and optimizers from PyPI, in an environment of their own, beside the torch of this one.
+INTEGRATIONS := build/integrations-venv
+TRAINERS     := lightning accelerate transformers schedulefree prodigyopt lion-pytorch pytorch_optimizer torchao
+
+test-integrations: setup
+	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install --quiet "torch==$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(INTEGRATIONS)/bin/python -m pip freeze | grep "^torch==" > build/torch-is-there.txt
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --constraint build/torch-is-there.txt \
+		safetensors pytest hypothesis numpy $(TRAINERS)
+	$(INTEGRATIONS)/bin/python -m pytest -p no:cacheprovider -rs tests/integrations
+
+docs: setup
+	FASTOPT_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	$(BIN)/mkdocs build --quiet
 
 bench: setup
 	$(BIN)/python -m benchmarks
