@@ -42,6 +42,7 @@ bool read_into(int descriptor, int64_t offset, at::ScalarType dtype, const at::T
 pybind11::object file_range(const pybind11::object& tensor);
 
 // kernels.cpp
+uint32_t crc32_of(const pybind11::buffer& data, uint32_t before);
 void cast_buffer(const pybind11::buffer& src, const std::string& src_dtype, const pybind11::buffer& dst,
                  const std::string& dst_dtype, bool streaming);
 pybind11::dict build_info();

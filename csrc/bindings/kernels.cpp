@@ -9,6 +9,7 @@
 #endif
 
 #include "../core/cpu_target.h"
+#include "../core/crc32.h"
 #include "../core/run.h"
 #include "bindings.h"
 
@@ -42,6 +43,15 @@ void cast_buffer(const py::buffer& src, const std::string& src_dtype, const py::
     throw std::invalid_argument("cast_buffer: the buffers differ in their number of elements");
   }
   kernels().find(src_type, dst_type, streaming ? Store::Streaming : Store::Cached)(from.ptr, to.ptr, count);
+}
+
+uint32_t crc32_of(const py::buffer& data, uint32_t before) {
+  const py::buffer_info bytes = data.request();
+  if (PyBuffer_IsContiguous(bytes.view(), 'C') == 0) {
+    throw std::invalid_argument("crc32: the bytes of the buffer do not follow each other");
+  }
+  const py::gil_scoped_release released;
+  return crc32(before, bytes.ptr, static_cast<size_t>(bytes.size * bytes.itemsize));
 }
 
 // How this extension was built: torch version, compiler, CUDA version or None.

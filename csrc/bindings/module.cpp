@@ -17,6 +17,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("to_plain", &fastopt::to_plain, py::arg("tensors"), py::arg("dtype"), py::arg("device"), py::arg("copy"));
   module.def("write_torch_files", &fastopt::write_torch_files, py::arg("file"), py::arg("contents"), py::arg("first"),
              py::arg("dtypes"), py::arg("start"), py::arg("alignment"), py::arg("write_tensors"));
+  module.def("crc32", &fastopt::crc32_of, py::arg("data"), py::arg("before") = 0);
   module.def("write_small", &fastopt::write_small, py::arg("file"), py::arg("entries"));
   module.def("read_torch_file", &fastopt::read_torch_file, py::arg("path"));
   module.def("tensors_in_file", &fastopt::tensors_in_file, py::arg("descriptor"), py::arg("path"), py::arg("places"));

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fastopt.files.checksums import Checksum
 from fastopt.files.staging import Entry
 
 PlaceInFile = tuple[int, int, torch.dtype, Sequence[int], Sequence[int] | None, int, bool]
@@ -129,6 +130,9 @@ class Backend(Protocol):
         Raises:
             OSError: the file could not be written.
         """
+
+    crc32: Checksum
+    """As `zlib.crc32`."""
 
     def tensors_in_file(
         self, descriptor: int, path: str | os.PathLike[str], places: list[PlaceInFile]

@@ -19,6 +19,7 @@ from fastopt.backends.interface import PlaceInFile, Rules, State
 from fastopt.files.staging import Entry, write_tensors
 
 name = "native"
+crc32 = _C.crc32
 
 
 def _check_build() -> None:
@@ -101,7 +102,7 @@ def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list
 def write_torch_files(
     fd: int, contents: list[Any], dtypes: Mapping[int, torch.dtype], start: int = 0
 ) -> list[tuple[int, int]]:
-    write_large, dtypes = partial(write_tensors, fd), dict(dtypes)
+    write_large, dtypes = partial(write_tensors, fd, crc32=crc32), dict(dtypes)
     places: list[tuple[int, int]] = []
     while True:
         alignment = config.save.storage_alignment

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
+from zlib import crc32 as crc32
 
 import torch
 

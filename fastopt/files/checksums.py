@@ -4,10 +4,13 @@ import ctypes
 import functools
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+Checksum = Callable[..., int]
+"""As `zlib.crc32`: of a buffer, and of what was before it."""
 
 CHUNK = 4 << 20
 """Bytes that a thread takes at a time."""

@@ -223,7 +223,7 @@ def write_data(fd: int, start: int, tensors: list[_Named]) -> None:
                 yield entry
 
     try:
-        rest = iter(write_tensors(fd, left()))
+        rest = iter(write_tensors(fd, left(), current().crc32))
     except RuntimeError as error:
         error.add_note(f"while writing {name!r}")
         raise

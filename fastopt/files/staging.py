@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastopt.files.checksums import combined, memory_at
+from fastopt.files.checksums import Checksum, combined, memory_at
 from fastopt.files.writeback import begin_writeback
 
 Entry = tuple[int, torch.Tensor, torch.dtype]
@@ -26,7 +26,7 @@ MOST_THREADS = 31
 """However many torch has: with a stage each, and one to fill meanwhile, staging takes 128 MiB at most."""
 
 
-def write_tensors(fd: int, entries: Iterable[Entry]) -> list[int]:
+def write_tensors(fd: int, entries: Iterable[Entry], crc32: Checksum = zlib.crc32) -> list[int]:
     """Write tensors to their places in a file; returns the CRC-32 (zlib's) of what was written for each, in order.
 
     A tensor is written as its elements in row-major order, in the machine's byte order, packed. It may lie on any
@@ -42,6 +42,7 @@ def write_tensors(fd: int, entries: Iterable[Entry]) -> list[int]:
     Args:
         fd: a file that is open for writing, and stays open.
         entries: (offset in bytes, tensor, final dtype) each; no two overlap. Read one by one, as they are written.
+        crc32: what takes the checksums.
 
     Raises:
         OSError: the file could not be written; some of it may be.
@@ -52,7 +53,7 @@ def write_tensors(fd: int, entries: Iterable[Entry]) -> list[int]:
     threads = min(torch.get_num_threads(), MOST_THREADS)
     pool = ThreadPoolExecutor(threads)
     try:
-        writer = _Writer(fd, pool, threads)
+        writer = _Writer(fd, pool, threads, crc32)
         for index, (offset, tensor, dtype) in enumerate(entries):
             try:
                 writer.add(offset, tensor.detach(), dtype)
@@ -96,8 +97,9 @@ class _Stage:
 class _Writer:
     """Cuts entries into jobs of a chunk. The calling thread casts, with torch's own threads; the pool's write."""
 
-    def __init__(self, fd: int, pool: ThreadPoolExecutor, threads: int) -> None:
+    def __init__(self, fd: int, pool: ThreadPoolExecutor, threads: int, crc32: Checksum) -> None:
         self.fd = fd
+        self.crc32 = crc32
         self.pool = pool
         self.stages = threads + 1
         self.free: list[_Stage] = []
@@ -148,7 +150,7 @@ class _Writer:
         """Have memory written; `owner` keeps it alive."""
         while len(self.jobs) >= self.stages - 1:
             self.collect()
-        self.jobs.append((self.pool.submit(write_parts, self.fd, address, parts), parts, owner))
+        self.jobs.append((self.pool.submit(write_parts, self.fd, address, parts, self.crc32), parts, owner))
 
     def collect(self) -> None:
         """Wait for the oldest job, and take its checksums and its stage."""
@@ -191,7 +193,7 @@ def pieces(tensor: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
             yield from pieces(tensor[index], most)
 
 
-def write_parts(fd: int, address: int, parts: list[_Part]) -> list[int]:
+def write_parts(fd: int, address: int, parts: list[_Part], crc32: Checksum) -> list[int]:
     """Write parts of the memory at an address; returns the CRC-32 of each. What is adjacent is written at once."""
     begin = parts[0]
     count = 0
@@ -201,7 +203,7 @@ def write_parts(fd: int, address: int, parts: list[_Part]) -> list[int]:
             begin, count = part, 0
         count += part.length
     write_all(fd, memory_at(address + begin.start, count), begin.offset)
-    return [zlib.crc32(memory_at(address + part.start, part.length)) for part in parts]
+    return [crc32(memory_at(address + part.start, part.length)) for part in parts]
 
 
 def write_all(fd: int, memory: memoryview, offset: int) -> None:
