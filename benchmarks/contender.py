@@ -30,7 +30,7 @@ def measure(question: AnyQuestion, name: str, size: Size) -> Measurement:
     call = contender.prepare(work)
     gc.collect()
     # last: a virtual machine hands free memory back to its host from two seconds after it became free
-    memory.touch(max(memory.current_rss() - before_input, work.bytes_written))
+    memory.touch(max(memory.current_rss() - before_input, work.fresh_memory))
     time.sleep(UNTIL_THREADS_SLEEP)
     memory.forget_peak()
     before = memory.current_rss()

@@ -33,6 +33,11 @@ class FileWork(Work):
     cold: bool = False
     """Whether the file is to be read from the disk, and not from the page cache."""
 
+    @property
+    def fresh_memory(self) -> int:
+        """The page cache takes in what comes from the disk."""
+        return self.bytes_written + (self.bytes_read if self.cold else 0)
+
 
 def folder() -> Path:
     return Path(os.environ.get(FOLDER) or tempfile.mkdtemp(prefix="fastopt-benchmark-"))

@@ -19,6 +19,11 @@ class Work:
     bytes_read: int
     bytes_written: int
 
+    @property
+    def fresh_memory(self) -> int:
+        """Bytes that the system has to find for what is measured; they are touched before the clock starts."""
+        return self.bytes_written
+
 
 WorkT = TypeVar("WorkT", bound=Work)
 
