@@ -39,6 +39,8 @@ pybind11::object read_torch_file(const std::string& path);
 // file_tensors.cpp
 pybind11::list tensors_in_file(int descriptor, const std::string& path, const pybind11::list& places);
 bool read_into(int descriptor, int64_t offset, at::ScalarType dtype, const at::Tensor& target);
+pybind11::list read_boxes(const pybind11::list& entries);
+pybind11::list new_tensors(const pybind11::list& specs);
 pybind11::object file_range(const pybind11::object& tensor);
 
 // kernels.cpp

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "../core/file.h"
 #include "bindings.h"
@@ -165,6 +166,118 @@ bool read_into(int descriptor, int64_t offset, at::ScalarType dtype, const at::T
                 offset};
   run_jobs({&job, 1});
   return true;
+}
+
+namespace {
+
+// Rows of a box that are shorter than this are read together with what is between them, by whoever is left with them.
+constexpr int64_t kShortestRow = 4 << 10;
+
+// A box of elements in a file, row by row: as many dimensions as lie without gaps in the file and in the target make a
+// row, and the others count the rows.
+class Rows {
+ public:
+  Rows(const Counts& steps, const at::Tensor& target) : steps_(steps), target_(target) {
+    for (outer_ = target.dim(); outer_ > 0; --outer_) {
+      const int64_t dim = outer_ - 1;
+      if (target.size(dim) != 1 && (steps[static_cast<size_t>(dim)] != elements_ || target.stride(dim) != elements_)) {
+        break;
+      }
+      elements_ *= target.size(dim);
+    }
+  }
+
+  int64_t elements() const { return elements_; }
+
+  // Calls `row(elements before it in the file, elements before it in the target)` for each.
+  template <class Row>
+  void each(const Row& row, int64_t dim = 0, int64_t in_file = 0, int64_t in_target = 0) const {
+    if (dim == outer_) {
+      row(in_file, in_target);
+      return;
+    }
+    for (int64_t i = 0; i < target_.size(dim); ++i) {
+      each(row, dim + 1, in_file + i * steps_[static_cast<size_t>(dim)], in_target + i * target_.stride(dim));
+    }
+  }
+
+ private:
+  const Counts& steps_;
+  const at::Tensor& target_;
+  int64_t outer_ = 0;
+  int64_t elements_ = 1;
+};
+
+// Lists the jobs that fill a tensor with a box of a file; false where that is not for jobs to do.
+bool list_jobs(std::vector<Job>& jobs, int descriptor, int64_t offset, at::ScalarType dtype, const Counts& steps,
+               const at::Tensor& target) {
+  const auto dtypes = cast_dtypes(dtype, target.scalar_type());
+  if (!dtypes || !is_plain(target) || steps.size() != static_cast<size_t>(target.dim())) {
+    return false;
+  }
+  const auto file_item = static_cast<int64_t>(c10::elementSize(dtype));
+  const Rows rows(steps, target);
+  if (rows.elements() < target.numel() && rows.elements() * file_item < kShortestRow) {
+    return false;
+  }
+  const int64_t scale = dtypes->src == DType::Byte ? file_item : 1;
+  char* const memory = static_cast<char*>(target.mutable_data_ptr());
+  rows.each([&](int64_t in_file, int64_t in_target) {
+    jobs.push_back({nullptr, memory + in_target * static_cast<int64_t>(target.element_size()), rows.elements() * scale,
+                    dtypes->src, dtypes->dst, /*audit=*/nullptr, /*is_given=*/false, descriptor,
+                    offset + in_file * file_item});
+  });
+  return true;
+}
+
+}  // namespace
+
+// Fills tensors with boxes of elements that stand in files; all threads read and cast, in the order of the entries.
+// entries: (descriptor, offset, dtype, steps, target) each: the byte of the file where the box's first element is, and
+// how many elements the next one along each dimension is after it.
+// -> the indices of those that are left to be read by others: what is not plain, has no kernel, or lies in short rows.
+// Raises OSError where a file cannot be read, or ends before.
+py::list read_boxes(const py::list& entries) {
+  std::vector<Job> jobs;
+  py::list left;
+  for (size_t i = 0; i < entries.size(); ++i) {
+    const auto fields = entries[i].cast<py::tuple>();
+    const at::Tensor target = fields[4].cast<at::Tensor>();
+    if (target.numel() == 0) {
+      continue;
+    }
+    if (list_jobs(jobs, fields[0].cast<int>(), fields[1].cast<int64_t>(), fields[2].cast<at::ScalarType>(),
+                  counts_from(fields[3]), target)) {
+      target.unsafeGetTensorImpl()->bump_version();
+    } else {
+      left.append(i);
+    }
+  }
+  run_jobs(jobs);
+  return left;
+}
+
+// A new tensor for each of (sizes, dtype), with memory that is fit to be filled from end to end.
+py::list new_tensors(const py::list& specs) {
+  ResultMemory memory;
+  py::list tensors(specs.size());
+  for (size_t i = 0; i < specs.size(); ++i) {
+    const auto fields = specs[i].cast<py::tuple>();
+    const Counts sizes = counts_from(fields[0]);
+    const auto dtype = fields[1].cast<at::ScalarType>();
+    const Counts strides = row_major(sizes);
+    int64_t bytes = 0;
+    if (__builtin_mul_overflow(elements_needed(sizes, strides, 0), static_cast<int64_t>(c10::elementSize(dtype)),
+                               &bytes)) {
+      throw py::value_error("a tensor has too many elements");
+    }
+    auto storage = memory.make<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), static_cast<size_t>(bytes),
+                                                 memory.allocate(static_cast<size_t>(bytes)), c10::GetCPUAllocator(),
+                                                 /*resizable=*/true);
+    tensors[i] = py::reinterpret_steal<py::object>(
+        THPVariable_Wrap(tensor_over(memory, c10::Storage(std::move(storage)), dtype, sizes, strides, 0)));
+  }
+  return tensors;
 }
 
 // -> (file descriptor, offset, bytes, path) of a tensor's storage; None where it lies in no file mapped by fastopt.

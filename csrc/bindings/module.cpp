@@ -23,6 +23,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("tensors_in_file", &fastopt::tensors_in_file, py::arg("descriptor"), py::arg("path"), py::arg("places"));
   module.def("read_into", &fastopt::read_into, py::arg("descriptor"), py::arg("offset"), py::arg("dtype"),
              py::arg("target"));
+  module.def("read_boxes", &fastopt::read_boxes, py::arg("entries"));
+  module.def("new_tensors", &fastopt::new_tensors, py::arg("specs"));
   module.def("file_range", &fastopt::file_range, py::arg("tensor"));
   module.def("cast_buffer", &fastopt::cast_buffer, py::arg("src"), py::arg("src_dtype"), py::arg("dst"),
              py::arg("dst_dtype"), py::arg("streaming"));

@@ -17,6 +17,13 @@ The first two are those of its storage. No strides are those of row-major order.
 that is its first. What is not copied lies in a mapping, and is aligned to its dtype.
 """
 
+BoxInFile = tuple[int, int, torch.dtype, Sequence[int], torch.Tensor]
+"""A box of elements in a file, and the tensor to fill with them: (descriptor, offset, dtype, steps, target).
+
+The offset is the byte of the first element; the steps say how many elements the next one along each dimension is after
+it. The target is a tensor of the box's sizes, detached, of any strides and dtype, on any device.
+"""
+
 Group = dict[str, Any]
 State = defaultdict[Any, Any]
 
@@ -155,6 +162,19 @@ class Backend(Protocol):
         Raises:
             OSError: the file cannot be read, or ends before that.
         """
+
+    def read_boxes(self, entries: list[BoxInFile]) -> None:
+        """Fill tensors with boxes of what stands in files, cast to their dtypes; what lies between is not written.
+
+        Args:
+            entries: best in the order of their places in the files.
+
+        Raises:
+            OSError: a file cannot be read, or ends before that.
+        """
+
+    def new_tensors(self, specs: list[tuple[Sequence[int], torch.dtype]]) -> list[torch.Tensor]:
+        """New contiguous tensors on the CPU, sizes and dtype each, that hold anything; the caller fills them."""
 
     def file_range(self, tensor: torch.Tensor) -> tuple[int, int, int, bytes] | None:
         """Where the storage of a tensor lies in a file that is read in place of the tensor's memory.

@@ -6,7 +6,7 @@ ValueError where FASTOPT_CPU_TARGET names no instruction set of this machine.
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -15,7 +15,7 @@ from torch.utils.serialization import config
 
 from fastopt import _C
 from fastopt.backends import python
-from fastopt.backends.interface import PlaceInFile, Rules, State
+from fastopt.backends.interface import BoxInFile, PlaceInFile, Rules, State
 from fastopt.files.staging import Entry, write_tensors
 
 name = "native"
@@ -125,6 +125,14 @@ def tensors_in_file(descriptor: int, path: str | os.PathLike[str], places: list[
 def read_into(descriptor: int, offset: int, dtype: torch.dtype, target: torch.Tensor) -> None:
     if not _C.read_into(descriptor, offset, dtype, target):
         python.read_into(descriptor, offset, dtype, target)
+
+
+def read_boxes(entries: list[BoxInFile]) -> None:
+    python.read_boxes([entries[index] for index in _C.read_boxes(entries)])
+
+
+def new_tensors(specs: list[tuple[Sequence[int], torch.dtype]]) -> list[torch.Tensor]:
+    return _C.new_tensors(specs)
 
 
 def file_range(tensor: torch.Tensor) -> tuple[int, int, int, bytes] | None:

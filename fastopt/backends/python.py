@@ -2,14 +2,14 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 from zlib import crc32 as crc32
 
 import torch
 
-from fastopt.backends.interface import BETWEEN, PlaceInFile, Rules, State
+from fastopt.backends.interface import BETWEEN, BoxInFile, PlaceInFile, Rules, State
 from fastopt.chunked import row_major
 from fastopt.errors import OverlapError, describe_tensor
 from fastopt.files import torch_zip
@@ -113,6 +113,32 @@ def read_into(descriptor: int, offset: int, dtype: torch.dtype, target: torch.Te
         read_exactly(descriptor, offset, content)
         piece.copy_(content)
         offset += content.nbytes
+
+
+def read_boxes(entries: list[BoxInFile]) -> None:
+    for descriptor, offset, dtype, steps, target in entries:
+        if target.numel():
+            read_box(descriptor, offset, dtype, list(steps), target)
+
+
+def read_box(descriptor: int, offset: int, dtype: torch.dtype, steps: list[int], target: torch.Tensor) -> None:
+    """Fill a tensor with a box of a file, read in pieces together with what lies between its elements."""
+    span = 1 + sum((extent - 1) * step for extent, step in zip(target.shape, steps, strict=True))
+    if span * dtype.itemsize <= PIECE or target.dim() == 0:
+        content = torch.empty(span, dtype=dtype)
+        read_exactly(descriptor, offset, content)
+        target.copy_(content.as_strided(target.shape, steps))
+        return
+    outer = max(range(target.dim()), key=lambda dimension: (target.shape[dimension] > 1, steps[dimension]))
+    inner = span - (target.shape[outer] - 1) * steps[outer]
+    at_once = max(1, (PIECE // dtype.itemsize - inner) // steps[outer] + 1)
+    for start in range(0, target.shape[outer], at_once):
+        part = target.narrow(outer, start, min(at_once, target.shape[outer] - start))
+        read_box(descriptor, offset + start * steps[outer] * dtype.itemsize, dtype, steps, part)
+
+
+def new_tensors(specs: list[tuple[Sequence[int], torch.dtype]]) -> list[torch.Tensor]:
+    return [torch.empty(tuple(size), dtype=dtype) for size, dtype in specs]
 
 
 def file_range(tensor: torch.Tensor) -> tuple[int, int, int, bytes] | None:

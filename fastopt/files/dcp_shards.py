@@ -166,16 +166,25 @@ class Shard:
         Raises:
             CheckpointError: there is no plain tensor of this dtype and size.
         """
-        layout, begin = self.found(place, name, lambda stream: self.located(stream, place), self.outlined)
+        layout, offset = self.located(place, name, dtype, size)
+        nbytes = layout.nbytes
+        if math.prod(size) == 0:
+            offset = nbytes = 0
+        self.tensors.add(offset, nbytes, dtype, size, layout.stride, layout.first, name, is_part)
+
+    def located(self, place: Place, name: str, dtype: torch.dtype, size: tuple[int, ...]) -> tuple[Layout, int]:
+        """What is known of the tensor at a place, and the byte of the file at which its storage begins.
+
+        Raises:
+            CheckpointError: there is no plain tensor of this dtype and size.
+        """
+        layout, begin = self.found(place, name, lambda stream: self.in_zip(stream, place), self.outlined)
         if (layout.dtype, layout.size) != (dtype, size):
             raise CheckpointError(
                 f"{self.where(place, name)} is damaged: it is {dtype_name(layout.dtype)} {list(layout.size)}, and by "
                 f"the metadata {dtype_name(dtype)} {list(size)}"
             )
-        offset, nbytes = place.offset + begin, layout.nbytes
-        if math.prod(size) == 0:
-            offset = nbytes = 0
-        self.tensors.add(offset, nbytes, dtype, size, layout.stride, layout.first, name, is_part)
+        return layout, place.offset + begin
 
     def value(self, place: Place, name: str) -> Any:
         """The value at a place, read as `torch.load(weights_only=True)` reads it.
@@ -240,7 +249,7 @@ class Shard:
                 return outline.layout, outline.begin
         return None
 
-    def located(self, stream: Any, place: Place) -> tuple[Layout, int]:
+    def in_zip(self, stream: Any, place: Place) -> tuple[Layout, int]:
         """What torch's zip file at a place says of its tensor, and where in it the tensor's storage begins."""
         reader = torch._C.PyTorchFileReader(stream)
         layout = self.layout(reader, stream)

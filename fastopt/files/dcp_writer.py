@@ -165,11 +165,13 @@ def check_complete(metadata: Metadata) -> None:
                 )
 
 
-def write_entries(fd: int, entries: Iterable[Entry], dtypes: Mapping[int, torch.dtype]) -> list[tuple[int, int]]:
-    """Write entries to a file, and say where they are: offset and bytes."""
+def write_entries(
+    fd: int, entries: Iterable[Entry], dtypes: Mapping[int, torch.dtype], start: int = 0
+) -> list[tuple[int, int]]:
+    """Write entries to a file, which holds nothing from `start` on, and say where they are: offset and bytes."""
     places: list[tuple[int, int]] = []
     for batch in batches(entries, dtypes):
-        end = sum(places[-1]) if places else 0
+        end = sum(places[-1]) if places else start
         try:
             contents = [content for _, content in batch]
             places += current().write_torch_files(fd, contents, dtypes, end + -end % BETWEEN)
