@@ -8,7 +8,7 @@ from fastopt.distributed.loading import load
 from fastopt.distributed.names import state_dict
 from fastopt.distributed.ranks import RanksError
 from fastopt.distributed.reader import FastReader
-from fastopt.distributed.saving import save
+from fastopt.distributed.saving import async_save, save
 from fastopt.distributed.writer import FastWriter
 
-__all__ = ["FastReader", "FastWriter", "RanksError", "load", "save", "state_dict"]
+__all__ = ["FastReader", "FastWriter", "RanksError", "async_save", "load", "save", "state_dict"]

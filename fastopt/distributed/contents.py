@@ -8,7 +8,9 @@ import torch
 from torch.optim import Optimizer
 from torch.serialization import safe_globals
 
+from fastopt.backends import current
 from fastopt.containers import agree
+from fastopt.distributed.boxes import boxes, read_boxes
 from fastopt.distributed.names import names_of
 from fastopt.distributed.targets import Stored
 from fastopt.errors import NoStateDictError, describe_tensor
@@ -16,7 +18,7 @@ from fastopt.files.dcp_folder import read_places
 from fastopt.files.dcp_metadata import Index, KeyPath, TensorEntry
 from fastopt.files.dcp_tree import tree
 from fastopt.files.torch_file import SafeGlobal
-from fastopt.flattened import is_flattened, unflattened
+from fastopt.flattened import STATE, is_flattened, unflattened
 
 Group = dict[str, Any]
 
@@ -43,6 +45,7 @@ def saved_state(folder: Path, index: Index, key: str | None, allowed: Iterable[S
     for name, path in inner.items():
         entry = index.entries[name]
         leaves.append((path, Stored(name, entry) if isinstance(entry, TensorEntry) else found[entry.place]))
+    leaves = with_hyperparameters(folder, leaves)
     content: Any = tree(leaves)
     if is_flattened(content):
         content = unflattened(content)
@@ -50,6 +53,21 @@ def saved_state(folder: Path, index: Index, key: str | None, allowed: Iterable[S
         tops = sorted({str(path[0]) for path in index.paths.values() if "param_groups" in path})
         raise NoStateDictError(f"{folder} has no state dict" + ("" if key is None else f" at {key!r}"), tops)
     return Saved(content.get("state", {}), content["param_groups"])
+
+
+def with_hyperparameters(folder: Path, leaves: list[tuple[KeyPath, Any]]) -> list[tuple[KeyPath, Any]]:
+    """Leaves with those tensors read that are no parameter's state, as a tensor `lr`."""
+    stored = {path: value for path, value in leaves if isinstance(value, Stored) and not is_state(path)}
+    tensors = current().new_tensors([(one.entry.size, one.entry.dtype) for one in stored.values()])
+    wanted = zip(stored.values(), tensors, strict=True)
+    read_boxes(folder, (box for one, tensor in wanted for box in boxes(*one, [0] * tensor.dim(), tensor)))
+    read = dict(zip(stored, tensors, strict=True))
+    return [(path, read.get(path, value)) for path, value in leaves]
+
+
+def is_state(path: KeyPath) -> bool:
+    """Whether a path leads into the state of a parameter, in either form."""
+    return path[0] == STATE.rstrip(".") or str(path[0]).startswith(STATE)
 
 
 def within(path: KeyPath, key: str | None) -> KeyPath:

@@ -1,6 +1,9 @@
 """An optimizer's state into a folder of torch.distributed.checkpoint, by all ranks."""
 
 import os
+from concurrent.futures import Future
+from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -8,10 +11,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.optim import Optimizer
 
-from fastopt.background import in_turn, raise_unasked
+from fastopt.background import in_background, in_turn, raise_unasked
 from fastopt.distributed.names import StateDict, state_dict
 from fastopt.distributed.ranks import RanksError, agreed, described, is_distributed
+from fastopt.distributed.staging import staged
 from fastopt.distributed.writer import FastWriter
+from fastopt.errors import check_bools
 from fastopt.files.dcp_folder import as_saved
 from fastopt.files.dcp_tree import leaves
 from fastopt.files.torch_readable import check_readable
@@ -45,6 +50,68 @@ def save(
     with in_turn(path):
         write(agreed(process_group, doing, lambda: readable(state_dict(optimizer, model))), path, process_group)
     raise_unasked(f"{doing} is done")
+
+
+def async_save(
+    optimizer: Optimizer,
+    model: torch.nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    keep: bool = True,
+    process_group: dist.ProcessGroup | None = None,
+) -> Future[None]:
+    """Save as `save` does, in the background, and return as soon as there is a copy of the state.
+
+    All ranks call it, in the same order. Training waits for the copy alone, see Note [Staging]; the ranks then talk to
+    each other through a gloo group that is made for it once, so that they may train through others meanwhile. One
+    optimizer has at most one copy: where its previous save is not done, this one waits for it first. What
+    `fastopt.save` says of saves in the background, of their order and of the end of the process, holds for these as
+    well; process groups must not be destroyed before they are done.
+
+    Args:
+        optimizer: the optimizer.
+        model: what names the parameters.
+        path: the folder.
+        keep: whether the memory of the copy is kept for the next save of this optimizer, which is several times as
+            fast then; it is as much as this rank's part of the state, and goes with the optimizer.
+        process_group: the ranks that save; None for all.
+
+    Returns:
+        A Future that is done when the checkpoint is there. Its `result()` raises RanksError, on every rank, if
+        something failed on some rank.
+
+    Raises:
+        RanksError: a state cannot be saved on some rank, as `state_dict` or `save` say.
+        BackgroundSaveError: an earlier save in the background has failed, and nobody has asked its Future; this one
+            goes on.
+    """
+    check_bools(keep=keep)
+    place = os.path.abspath(os.fspath(path))  # the process may be elsewhere when it is written
+    doing = f"the save to {os.fspath(path)}"
+    group = background_group(process_group)
+
+    def take() -> StateDict:
+        return agreed(group, doing, lambda: staged(optimizer, readable(state_dict(optimizer, model)), keep))
+
+    future = in_background(optimizer, place, take, partial(write, path=place, group=group))
+    raise_unasked(f"{doing} goes on in the background", future)
+    return future
+
+
+groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
+"""The groups of saves in the background, by those that training has."""
+
+
+def background_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """A gloo group of the same ranks; None without torch.distributed."""
+    if not is_distributed():
+        return None
+    own = dist.group.WORLD if group is None else group
+    assert own is not None
+    if own not in groups:
+        ranks = dist.get_process_group_ranks(own)
+        groups[own] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return groups[own]
 
 
 def readable(content: StateDict) -> StateDict:

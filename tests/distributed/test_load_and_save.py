@@ -106,6 +106,8 @@ def test_one_process_to_two(tmp_path: Path, two_ranks: Ranks) -> None:
 def through_torch(folder: Path, layout: str, flatten: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model, optimizer = trained(layout)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(0.25)
     content = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
     expected = whole(torchs(model, optimizer))
     quietly(dcp.save, {**content, "epoch": 3}, storage_writer=distributed.FastWriter(folder))
@@ -113,6 +115,8 @@ def through_torch(folder: Path, layout: str, flatten: bool) -> None:
     other_model = sharded(layout)
     other = optimizer_of(other_model)
     train(other_model, other, steps=1)
+    for group in other.param_groups:
+        group["lr"] = torch.tensor(0.5)
     parts = get_optimizer_state_dict(other_model, other, options=options)
     read = {"model": other_model.state_dict(), "optimizer": parts, "epoch": 0}
     for tensor in (*other_model.state_dict().values(), *other.state_dict()["state"][0].values()):
