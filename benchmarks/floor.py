@@ -97,10 +97,10 @@ def into_warm_memory(sources: Sequence[torch.Tensor], dtype: torch.dtype) -> Cal
     return call
 
 
-def read(paths: Sequence[Path], written: int, threads: int | None = None) -> Mapping:
-    """Reads files once, through small buffers, and writes so many bytes of fresh memory meanwhile."""
+def read(paths: Sequence[Path], written: int, threads: int | None = None, most: int | None = None) -> Mapping:
+    """Reads files once, or so many bytes of each, through small buffers, and writes fresh memory meanwhile."""
     mapping = Mapping([written])
-    sizes = torch.tensor([path.stat().st_size for path in paths])
+    sizes = torch.tensor([min(path.stat().st_size, most or path.stat().st_size) for path in paths])
     names = (ctypes.c_char_p * len(paths))(*(bytes(path) for path in paths))
     if not library().floor_read(
         names, sizes.data_ptr(), len(paths), mapping.addresses[0], written, threads or torch.get_num_threads()

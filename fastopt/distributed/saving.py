@@ -90,8 +90,8 @@ def async_save(
     doing = f"the save to {os.fspath(path)}"
     group = background_group(process_group)
 
-    def take() -> StateDict:
-        return agreed(group, doing, lambda: staged(optimizer, readable(state_dict(optimizer, model)), keep))
+    def take() -> StateDict:  # in this thread, and so not in the group of the other
+        return agreed(process_group, doing, lambda: staged(optimizer, readable(state_dict(optimizer, model)), keep))
 
     future = in_background(optimizer, place, take, partial(write, path=place, group=group))
     raise_unasked(f"{doing} goes on in the background", future)

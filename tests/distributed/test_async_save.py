@@ -55,6 +55,24 @@ def test_training_goes_on_and_the_memory_is_kept(tmp_path: Path, two_ranks: Rank
     two_ranks.run(saves_while_training, tmp_path, layout)
 
 
+def saves_two_at_once(folder: Path) -> None:
+    """Of which the second is copied while the first is written."""
+    made = [trained("rows") for _ in range(2)]
+    for number in range(3):
+        futures = [
+            distributed.async_save(optimizer, model, folder / f"{number}-{index}")
+            for index, (model, optimizer) in enumerate(made)
+        ]
+        for model, optimizer in made:
+            train(model, optimizer)
+    for future in futures:
+        future.result()
+
+
+def test_two_optimizers_at_once(tmp_path: Path, two_ranks: Ranks) -> None:
+    two_ranks.run(saves_two_at_once, tmp_path)
+
+
 def saves_what_has_grown(folder: Path) -> None:
     model = sharded("rows")
     optimizer = optimizer_of(model)
