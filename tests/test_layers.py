@@ -18,7 +18,12 @@ PYTHON_LAYERS = (
     ("fastopt",),
     ("fastopt.distributed",),
     ("fastopt.distributed.loading", "fastopt.distributed.reader", "fastopt.distributed.saving"),
-    ("fastopt.distributed.contents", "fastopt.distributed.staging", "fastopt.distributed.writer"),
+    (
+        "fastopt.distributed.contents",
+        "fastopt.distributed.sharing",
+        "fastopt.distributed.staging",
+        "fastopt.distributed.writer",
+    ),
     ("fastopt.distributed.names", "fastopt.distributed.ranks", "fastopt.distributed.targets"),
     ("fastopt.distributed.boxes",),
     ("fastopt.patch",),

@@ -38,12 +38,22 @@ SAVED, STALLED = case(SAVE, 2, **LARGE), case(STALL, 2, **LARGE)
 SMALL = {"parameters": 4, "elements": 2**14}
 
 STOCK = contender("dcp.load, stock", LOAD, sharded.torch_load)
-READER = contender("dcp.load, FastReader", LOAD, sharded.torch_load_with_our_reader, NATIVE_BACKEND)
 OURS = contender("fastopt.distributed.load", LOAD, sharded.our_load, NATIVE_BACKEND)
+STOCK_FILLED = contender("dcp.load, stock, into a state", LOAD, sharded.torch_load_again)
+FILLED = contender("dcp.load, FastReader, into a state", LOAD, sharded.torch_load_with_our_reader, NATIVE_BACKEND)
 STOCK_SAVE = contender("dcp.save, stock", SAVE, sharded.torch_save)
 OUR_SAVE = contender("fastopt.distributed.save", SAVE, sharded.our_save, NATIVE_BACKEND)
 STOCK_STALL = contender("dcp.async_save, stock", STALL, sharded.torch_stall)
 OUR_STALL = contender("fastopt.distributed.async_save, again", STALL, sharded.our_stall_again, NATIVE_BACKEND)
+
+RESHARDED_FLOOR = (
+    "four ranks share two cores, and the copy out of the page cache is most of what either does: reading the bytes and "
+    "touching fresh memory for them takes half of stock's time already"
+)
+RAW_WRITE = (
+    "the time is the disk's and the system's (0.2 s of 1.4 are fastopt's own, checksums included), and varies between "
+    "rounds by more than the contenders differ"
+)
 
 QUESTION = Question(
     title="AdamW's state in float32, sharded over ranks, in folders of torch.distributed.checkpoint",
@@ -53,8 +63,9 @@ QUESTION = Question(
     build=sharded.build,
     contenders=(
         STOCK,
-        READER,
         OURS,
+        STOCK_FILLED,
+        FILLED,
         contender("floor, read and touch", LOAD, sharded.raw_read),
         STOCK_SAVE,
         OUR_SAVE,
@@ -68,9 +79,10 @@ QUESTION = Question(
     baseline=STOCK.name,
     goals=[
         *(goals.faster(case, OURS.name, STOCK.name, 3) for case in (RESHARDED, UNSHARDED)),
+        *(goals.faster(case, FILLED.name, STOCK_FILLED.name, 3, RESHARDED_FLOOR) for case in (RESHARDED, UNSHARDED)),
         *(goals.memory_beside_results(case, OURS.name, MORE_MEMORY) for case in (RESHARDED, UNSHARDED)),
-        goals.faster(SAVED, OUR_SAVE.name, STOCK_SAVE.name, 1.5),
-        goals.near(SAVED, OUR_SAVE.name, "floor, raw write and fsync", 1 / 1.15),
+        goals.faster(SAVED, OUR_SAVE.name, STOCK_SAVE.name, 1.5, RAW_WRITE),
+        goals.near(SAVED, OUR_SAVE.name, "floor, raw write and fsync", 1 / 1.15, RAW_WRITE),
         goals.faster(STALLED, OUR_STALL.name, STOCK_STALL.name, 2),
     ],
     plot=plots.bandwidth,

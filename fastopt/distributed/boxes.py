@@ -1,6 +1,8 @@
 """Boxes of saved tensors, read from the files of a folder to where they are needed."""
 
+import math
 import os
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -36,25 +38,75 @@ def boxes(name: str, entry: TensorEntry, offsets: Sequence[int], target: torch.T
 
     Args:
         name: the entry's.
-        entry: the tensor, whose chunks cover each element once.
+        entry: the tensor.
         offsets: where the part begins in it.
         target: the memory of the part.
     """
-    if target.numel() == 0:
-        return
-    for chunk in entry.chunks:
-        begin, part = [], target
-        for dimension, (start, extent, chunk_start, chunk_extent) in enumerate(
-            zip(offsets, target.shape, chunk.offsets, chunk.sizes, strict=True)
-        ):
-            first, last = max(start, chunk_start), min(start + extent, chunk_start + chunk_extent)
-            if first >= last:
+    for cut in cuts(entry.chunks, offsets, target.shape):
+        part = target
+        for dimension, (start, extent) in enumerate(zip(cut.start, cut.sizes, strict=True)):
+            if extent < part.shape[dimension]:
+                part = part.narrow(dimension, start, extent)
+        yield Box(name, entry.dtype, cut.chunk, cut.begin, part)
+
+
+class Cut(NamedTuple):
+    """What a part of a tensor and a saved chunk of it have in common."""
+
+    chunk: Chunk
+    begin: tuple[int, ...]
+    """Where it begins in the chunk."""
+    start: tuple[int, ...]
+    """Where it begins in the part."""
+    sizes: tuple[int, ...]
+
+
+def cuts(chunks: Sequence[Chunk], offsets: Sequence[int], sizes: Sequence[int]) -> list[Cut]:
+    """What a part of a tensor is made of.
+
+    Args:
+        chunks: all of the tensor, in the order of their offsets; they cover each element once.
+        offsets: where the part begins.
+        sizes: how large it is.
+
+    Note [Chunks of a part]: a tensor has as many chunks as ranks have saved it, and a rank that loads it needs one or
+    two of them. They are cut along a dimension or two, and sorted along the first of these, so that a search finds
+    where to look. That would miss a chunk which begins before another one and ends after it; but then elements are
+    missing, as the chunks that are found have to cover the part, and all chunks are looked at.
+    """
+    needed = math.prod(sizes)
+    if needed == 0:
+        return []
+    first, last = chunks[0].offsets, chunks[-1].offsets
+    dimension = next((d for d, (one, other) in enumerate(zip(first, last, strict=True)) if one != other), None)
+    if dimension is None:
+        return common(chunks, offsets, sizes)
+
+    def along(chunk: Chunk) -> int:
+        return chunk.offsets[dimension]
+
+    begin = along(chunks[bisect_right(chunks, offsets[dimension], key=along) - 1])
+    end = bisect_left(chunks, offsets[dimension] + sizes[dimension], key=along)
+    found = common(chunks[bisect_left(chunks, begin, key=along) : end], offsets, sizes)
+    return found if sum(math.prod(cut.sizes) for cut in found) == needed else common(chunks, offsets, sizes)
+
+
+def common(chunks: Sequence[Chunk], offsets: Sequence[int], sizes: Sequence[int]) -> list[Cut]:
+    """What chunks and a part have in common, one by one."""
+    found = []
+    for chunk in chunks:
+        begin, start, extents = [], [], []
+        for offset, size, chunk_offset, chunk_size in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True):
+            first = max(offset, chunk_offset)
+            length = min(offset + size, chunk_offset + chunk_size) - first
+            if length <= 0:
                 break
-            begin.append(first - chunk_start)
-            if last - first < extent:
-                part = part.narrow(dimension, first - start, last - first)
+            begin.append(first - chunk_offset)
+            start.append(first - offset)
+            extents.append(length)
         else:
-            yield Box(name, entry.dtype, chunk, begin, part)
+            found.append(Cut(chunk, tuple(begin), tuple(start), tuple(extents)))
+    return found
 
 
 def read_boxes(folder: Path, wanted: Iterable[Box], known: Known | None = None) -> int:

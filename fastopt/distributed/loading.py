@@ -15,6 +15,7 @@ from fastopt.collector import paused_collector
 from fastopt.distributed.boxes import read_boxes
 from fastopt.distributed.contents import for_optimizer, saved_state
 from fastopt.distributed.ranks import agreed
+from fastopt.distributed.sharing import Deal
 from fastopt.distributed.targets import Target, held_targets, new_targets, slots
 from fastopt.errors import check_bools
 from fastopt.files import dcp_metadata
@@ -75,7 +76,9 @@ def load(
             return loaded, held_targets(found, optimizer.state) if inplace else new_targets(found)
 
     loaded, targets = agreed(process_group, doing, plan)
-    agreed(process_group, doing, lambda: read_boxes(folder, (box for target in targets for box in target.boxes())))
+    deal = Deal(process_group, targets)
+    agreed(process_group, doing, lambda: read_boxes(folder, (box for target in deal.own for box in target.boxes())))
+    deal.hand_round()
     report = agreed(process_group, doing, lambda: load_state_dict(optimizer, loaded, copy=False, inplace=inplace))
     count(report, targets, inplace)
     report.seconds = time.perf_counter() - started

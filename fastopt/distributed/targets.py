@@ -56,6 +56,8 @@ class Target(NamedTuple):
     offsets: Sequence[int]
     """Where the part begins."""
     memory: torch.Tensor
+    is_plain: bool
+    """Whether it is all of a plain tensor, and no part of a DTensor."""
 
     def boxes(self) -> Iterator[Box]:
         """What is to be read into it."""
@@ -120,7 +122,8 @@ def new_targets(found: Sequence[Slot]) -> list[Target]:
     for slot, local, (sizes, dtype), far in zip(found, locals_, specs, is_elsewhere, strict=True):
         tensor = torch.empty(sizes, dtype=dtype, device=slot.param.device) if far else next(here)
         stored = slot.stored
-        targets.append(Target(stored, [0] if local is None else local.offsets, tensor))
+        is_plain = local is not None and local.spec is None
+        targets.append(Target(stored, [0] if local is None else local.offsets, tensor, is_plain))
         slot.container[slot.key] = tensor if local is None or local.spec is None else wrapped(tensor, local.spec)
     return targets
 
@@ -163,6 +166,6 @@ def held_targets(found: Sequence[Slot], state: Any) -> list[Target]:
             )
         if (local := places.local(held, stored.entry)) is not None:
             memory = held._local_tensor if isinstance(held, DTensor) else held
-            targets.append(Target(stored, local.offsets, memory.detach()))
+            targets.append(Target(stored, local.offsets, memory.detach(), local.spec is None))
         slot.container[slot.key] = held
     return targets

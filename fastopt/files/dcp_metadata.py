@@ -61,7 +61,7 @@ class Chunk(NamedTuple):
 
 
 class TensorEntry(NamedTuple):
-    """A tensor; its chunks cover each of its elements once."""
+    """A tensor; its chunks, in the order of their offsets, cover each of its elements once."""
 
     dtype: torch.dtype
     size: tuple[int, ...]
@@ -380,7 +380,7 @@ def tensor_entry(reader: Reader, name: str, entry: Any, places: Places) -> Tenso
             boxes.append((offsets, sizes))
     if len(boxes) != 1 or boxes[0][1] != size or len(boxes[0][0]) != len(size) or any(boxes[0][0]):
         check_cover(reader, WHERE.format(name), size, boxes)
-    chunks = [Chunk(offsets, sizes, place_of(reader, name, offsets, places)) for offsets, sizes in boxes]
+    chunks = sorted(Chunk(offsets, sizes, place_of(reader, name, offsets, places)) for offsets, sizes in boxes)
     return TensorEntry(dtype_of(reader, name, fields.get("properties")), size, chunks)
 
 
