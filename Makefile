@@ -1,7 +1,8 @@
 # make demo   the main job, end to end          make bench   every benchmark
 # make test   all tests, with coverage          make lint    formatting, types, style
 # make fuzz   damaged checkpoints, loaded for FUZZ_SECONDS=60      make docs   the site, in build/site
-# make test-integrations   trainings of Lightning, Accelerate, transformers and others' optimizers, under fastopt
+# make test-integrations   trainings of Lightning, Accelerate, transformers and others' optimizers, under fastopt, and
+#                          the examples that resume
 # make sanitize   C++ under the address and undefined-behaviour sanitizers: core's tests, and the extension's
 # Each sets up what it needs (make setup): .venv, torch, the other dependencies, the extension.
 #
@@ -85,9 +86,15 @@ test-integrations: setup
 		safetensors pytest hypothesis numpy $(TRAINERS)
 	$(INTEGRATIONS)/bin/python -m pytest -p no:cacheprovider -rs tests/integrations
 
-docs: setup
-	FASTOPT_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
-	$(BIN)/mkdocs build --quiet
+# In an environment of its own, without torch: the API's page is read from the sources, which nothing runs.
+DOCS       := build/docs-venv
+DOCS_NEEDS := $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
+
+docs:
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet $(DOCS_NEEDS)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	$(DOCS)/bin/python -m tests.site build/site
 
 bench: setup
 	$(BIN)/python -m benchmarks

@@ -19,6 +19,15 @@ def test_values_of_any_type(name, dtype, copy):
     load_value(values()[name], copy, parameter(3, 4, dtype=dtype))
 
 
+@pytest.mark.parametrize("saved_id", ["step", "other", 4, 2**100, ("s", "t", "e", "p"), b"step", None])
+def test_a_bare_tensor_under_any_saved_id(saved_id, copy):
+    """It has no key, and so is no `step`, whatever its id is, or looks like in memory."""
+    params = [parameter(3, 4, dtype=torch.bfloat16)]
+    state_dict = saved({saved_id: tensor(3, 4)}, [saved_id])
+    optimizer, _ = load_both(lambda: Bare(params), state_dict, copy)
+    assert optimizer.state[params[0]].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("value", [iter([1]), (i for i in range(2)), memoryview(b"view"), {1: 2}.keys(), map(str, [1])])
 def test_iterables_that_cannot_be_rebuilt_raise_torchs_type(value, copy):
     params = [parameter(2)]

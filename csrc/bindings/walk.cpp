@@ -82,7 +82,9 @@ class Walk {
       target_ = {tensor.scalar_type(), tensor.device(), is_hosted_on_device(saved_id_)};
       const bool is_reached = target_.device.is_cpu() || (target_.device.is_cuda() && DeviceBatch::is_built());
       if (is_reached || !rules_.are_reference()) {
-        result = entry.is_dict ? cast_dict(entry.items, entry.item.sole) : cast(entry.item, /*sole=*/true);
+        // A state that is no dict has no key: its saved id is none, and may be of any type.
+        result = entry.is_dict ? cast_dict(entry.items, entry.item.sole)
+                               : cast({{}, entry.item.value, entry.item.sole}, /*sole=*/true);
       }
     }
     put_entry(param_, entry.item.value, std::move(result));
