@@ -24,7 +24,12 @@ PYTHON_LAYERS = (
         "fastopt.distributed.staging",
         "fastopt.distributed.writer",
     ),
-    ("fastopt.distributed.names", "fastopt.distributed.ranks", "fastopt.distributed.targets"),
+    (
+        "fastopt.distributed.names",
+        "fastopt.distributed.planner",
+        "fastopt.distributed.ranks",
+        "fastopt.distributed.targets",
+    ),
     ("fastopt.distributed.boxes",),
     ("fastopt.patch",),
     ("fastopt.checkpoint",),

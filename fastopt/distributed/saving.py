@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from fastopt.background import in_background, in_turn, raise_unasked
 from fastopt.distributed.names import StateDict, state_dict
+from fastopt.distributed.planner import KnownPlaces
 from fastopt.distributed.ranks import RanksError, agreed, described, is_distributed
 from fastopt.distributed.staging import staged
 from fastopt.distributed.writer import FastWriter
@@ -131,7 +132,7 @@ def write(content: StateDict, path: str | os.PathLike[str], group: dist.ProcessG
         RanksError: something failed on some rank.
     """
     try:
-        _save_state_dict(content, FastWriter(path), group, no_dist=not is_distributed())
+        _save_state_dict(content, FastWriter(path), group, no_dist=not is_distributed(), planner=KnownPlaces())
     except CheckpointException as error:
         failures = {rank: described(failure) for rank, (failure, _) in error.failures.items()}
         raise RanksError(f"the save to {os.fspath(path)}", failures) from error
