@@ -1,6 +1,8 @@
 # make demo   the main job, end to end          make bench   every benchmark
 # make test   all tests, with coverage          make lint    formatting, types, style
-# make fuzz   damaged checkpoints, loaded for FUZZ_SECONDS=60      make docs   the site, in build/site
+# make docs   the site, in build/site
+# make fuzz   damaged checkpoints, loaded for FUZZ_SECONDS=60; then core under libFuzzer, where there is clang
+# make soak   loads and saves for SOAK_SECONDS=1800, memory, files and threads watched; its plot in build/soak
 # make test-integrations   trainings of Lightning, Accelerate, transformers and others' optimizers, under fastopt, and
 #                          the examples that resume
 # make sanitize   C++ under the address and undefined-behaviour sanitizers: core's tests, and the extension's
@@ -23,7 +25,7 @@ COMPILE   := MAX_JOBS=$(JOBS) $(BIN)/python setup.py --quiet build_ext --inplace
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-integrations fuzz sanitize docs bench lint format cuda-build gpu-check clean
+.PHONY: setup demo test test-integrations fuzz soak sanitize docs bench lint format cuda-build gpu-check clean
 
 setup: $(EXTENSION)
 
@@ -53,12 +55,30 @@ test: setup
 
 FUZZ_SECONDS ?= 60
 
+# libFuzzer comes with clang, 15 or newer (Debian: clang-19 and libclang-rt-19-dev); without it core is left out, and said.
+CLANG := $(firstword $(shell command -v clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++))
+
 fuzz: setup
 	$(BIN)/python -m tests.fuzz.readers --seconds $(FUZZ_SECONDS)
+ifeq ($(CLANG),)
+	@echo "core is not fuzzed: there is no clang++"
+else
+	@mkdir -p build/fuzz/corpus
+	$(CLANG) -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -pthread -Icsrc/core \
+		csrc/core/*.cpp tests/fuzz/core.cpp -o build/fuzz/core
+	build/fuzz/core -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -print_final_stats=1 -artifact_prefix=build/fuzz/ \
+		build/fuzz/corpus
+endif
 
-# The extension of its own, in build/sanitized. Python and torch themselves are not built so: what they leave at exit is
-# no leak of ours, and the tests count references and memory by themselves. What starts other Pythons, or needs torch's
-# own OpenMP to end its threads, is left out.
+SOAK_SECONDS ?= 1800
+
+soak: setup
+	$(BIN)/python -m tests.soak --seconds $(SOAK_SECONDS) --output build/soak
+
+# The extension of its own, in build/sanitized, with the assertions of Python's headers (CFLAGS lacks their NDEBUG).
+# Python and torch themselves are not built so: what they leave at exit is no leak of ours, and the tests count references
+# and memory by themselves. What starts other Pythons, or needs torch's own OpenMP to end its threads, is left out. Memory
+# without end that a damaged file has Python ask for is an error of malloc's, as ever.
 SANITIZED := build/sanitized
 SANITIZED_TESTS ?= tests/test_batch_copy.py tests/test_load_values.py tests/test_load_modes.py tests/test_inplace.py \
 	tests/test_donation.py tests/test_audit.py tests/test_torch_write.py tests/test_plain_pickle.py \
@@ -71,7 +91,7 @@ sanitize: setup
 		--build-base $(SANITIZED)/base --build-lib $(SANITIZED)/lib
 	rm -rf $(SANITIZED)/lib/tests && cp -r tests README.md $(SANITIZED)/lib
 	cd $(SANITIZED)/lib && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		$(abspath $(BIN))/python -m pytest -p no:cacheprovider -q $(SANITIZED_TESTS)
 
 # Trainers and optimizers from PyPI, in an environment of their own, beside the torch of this one.
