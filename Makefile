@@ -3,6 +3,7 @@
 # make docs   the site, in build/site
 # make fuzz   damaged checkpoints, loaded for FUZZ_SECONDS=60; then core under libFuzzer, where there is clang
 # make soak   loads and saves for SOAK_SECONDS=1800, memory, files and threads watched; its plot in build/soak
+# make packages   sdist and wheels, built and installed into an environment of their own, with and without a compiler
 # make test-integrations   trainings of Lightning, Accelerate, transformers and others' optimizers, under fastopt, and
 #                          the examples that resume
 # make sanitize   C++ under the address and undefined-behaviour sanitizers: core's tests, and the extension's
@@ -25,7 +26,7 @@ COMPILE   := MAX_JOBS=$(JOBS) $(BIN)/python setup.py --quiet build_ext --inplace
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-integrations fuzz soak sanitize docs bench lint format cuda-build gpu-check clean
+.PHONY: setup demo test test-integrations fuzz soak packages sanitize docs bench lint format cuda-build gpu-check clean
 
 setup: $(EXTENSION)
 
@@ -74,6 +75,10 @@ SOAK_SECONDS ?= 1800
 
 soak: setup
 	$(BIN)/python -m tests.soak --seconds $(SOAK_SECONDS) --output build/soak
+
+packages: setup
+	FASTOPT_TORCH="$(TORCH)" FASTOPT_TORCH_INDEX="$(TORCH_INDEX)" \
+		$(BIN)/python -m pytest -p no:cacheprovider tests/packages.py
 
 # The extension of its own, in build/sanitized, with the assertions of Python's headers (CFLAGS lacks their NDEBUG).
 # Python and torch themselves are not built so: what they leave at exit is no leak of ours, and the tests count references
