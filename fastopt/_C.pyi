@@ -18,6 +18,7 @@ def cast_state(
     audits: bool,
     gives: bool,
     reads_files: bool,
+    dtensors: tuple[Any, ...] | None,
 ) -> (
     tuple[
         list[tuple[Any, Any, torch.Tensor | None, Any, Any, Any, Any]],
@@ -32,6 +33,7 @@ def copy_plain(
     dsts: list[torch.Tensor],
     srcs: list[torch.Tensor],
     non_blocking: bool,
+    reads_files: bool,
     leave: Callable[[list[int]], None],
     begun: list[list[int]],
 ) -> bool: ...

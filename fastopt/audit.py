@@ -1,10 +1,11 @@
 """What casts do to values: what overflows, what vanishes, and how much is rounded away."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
 import torch
+
+from fastopt.dtensors import local
 
 CHUNK = 1 << 20
 """Elements that are compared at a time, in float64."""
@@ -54,14 +55,6 @@ def audited(source: torch.Tensor, result: torch.Tensor) -> AuditCount | None:
         for before, after in zip(chunks(source, device), chunks(result, device), strict=True):
             total.add(audited_chunk(before, after, smallest_normal(source.dtype), smallest_normal(result.dtype)))
     return total
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What a DTensor holds in this process; any other tensor itself."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(tensor, distributed.DTensor):
-        return tensor.to_local()  # type: ignore[no-any-return]
-    return tensor
 
 
 def is_readable(tensor: torch.Tensor) -> bool:

@@ -17,6 +17,7 @@ from fastopt.backends import current, python
 from fastopt.backends.interface import Backend, Group, State
 from fastopt.chunked import ChunkedTensor, plain
 from fastopt.containers import is_leaf, rebuilt
+from fastopt.dtensors import local
 from fastopt.errors import describe_parameter, describe_tensor
 from fastopt.policy import Policy
 from fastopt.report import LoadReport
@@ -201,7 +202,8 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's elements, where it has any in memory."""
+    """Bytes of a tensor's elements, where it has any in memory; of a DTensor's that are in this process."""
+    tensor = local(tensor)
     if tensor.layout is not torch.strided or tensor.is_meta:
         return 0
     return tensor.numel() * tensor.element_size()

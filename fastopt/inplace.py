@@ -12,6 +12,7 @@ from fastopt.backends import current, python
 from fastopt.backends.interface import Group
 from fastopt.casting import Cast
 from fastopt.containers import agree, is_leaf, rebuilt
+from fastopt.dtensors import placed_alike, placement
 from fastopt.errors import OverlapError, describe_parameter, describe_tensor
 from fastopt.report import LEFT
 from fastopt.text import counted, ranges
@@ -53,8 +54,10 @@ class CastInPlace(Cast):
     numbers as well.
     """
 
-    def __init__(self, optimizer: Optimizer, saved_groups: list[Group], *, replace: bool = False) -> None:
-        super().__init__(optimizer, saved_groups, copy=True)
+    def __init__(
+        self, optimizer: Optimizer, saved_groups: list[Group], *, replace: bool = False, reads_files: bool = False
+    ) -> None:
+        super().__init__(optimizer, saved_groups, copy=True, reads_files=reads_files)
         self.backend = python  # walks the state; the bytes, nearly all of the work, are for the backend in use
         self.replace = replace
         self.param: Any = None
@@ -184,7 +187,7 @@ class CastInPlace(Cast):
         self.report.filled = len(self.held) - self.report.shared  # with itself, as in the optimizer's own live state
         try:
             with torch.no_grad():
-                current().copy_(self.held, self.saved, False, self.begun)
+                current().copy_(self.held, self.saved, False, self.begun, self.reads_files)
             self.is_filled = True
         except OverlapError as error:
             for entry in error.entries:
@@ -236,6 +239,8 @@ def why_not_written(held: torch.Tensor, saved: torch.Tensor) -> str | None:
         return "which only inference mode may write"
     if held.layout is not saved.layout:
         return f"which is {held.layout} and not {saved.layout}"
+    if not placed_alike(held, saved):
+        return f"which is {placement(held)} and not {placement(saved)}"
     if held.layout is torch.strided and 0 in held.stride() and not held.is_contiguous():
         return "which is expanded, many elements in one place"
     return None

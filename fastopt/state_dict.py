@@ -179,7 +179,7 @@ def cast_by(
     if inplace and audit:
         raise ValueError("audit: what is written in place is not audited")
     if inplace:
-        return partial(CastInPlace, replace=inplace == "auto")
+        return partial(CastInPlace, replace=inplace == "auto", reads_files=reads_files)
     if donate:
         return partial(CastDonated, policy=policy, audit=audit, given=state_dict)
     return partial(Cast, copy=copy, policy=policy, audit=audit, reads_files=reads_files)

@@ -70,6 +70,8 @@ PYTHON_LAYERS = (
         "fastopt.files.torch_checks",
         "fastopt.files.torch_pickle",
     ),
+    ("fastopt.audit",),
+    ("fastopt.dtensors",),
     (
         "fastopt.errors",
         "fastopt.chunked",
@@ -80,7 +82,6 @@ PYTHON_LAYERS = (
         "fastopt.files.beside",
         "fastopt.files.checksums",
         "fastopt.files.writeback",
-        "fastopt.audit",
         "fastopt.startup",
         "fastopt.text",
     ),

@@ -6,10 +6,11 @@
 #include <algorithm>
 #include <cctype>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <utility>
 #include <vector>
+
+#include "../core/file.h"
 
 namespace fastopt {
 namespace {
@@ -27,23 +28,27 @@ bool is_stored(std::string_view header) {
 
 }  // namespace
 
-// Hands the mapped bytes to torch's reader, and looks at the local headers among them, of which it reads a record's
+// Hands the file's bytes to torch's reader, and looks at the local headers among them, of which it reads a record's
 // when asked for the record's place or bytes. It does not tell whether a record is compressed and would unpack one of
-// any size; so that stops here.
+// any size; so that stops here. Read, and not looked at through the mapping: a file may be cut short meanwhile.
 class Archive::Source final : public caffe2::serialize::ReadAdapterInterface {
  public:
-  explicit Source(std::string_view contents) : contents_(contents) {}
+  explicit Source(c10::intrusive_ptr<MappedFile> file) : file_(std::move(file)) {}
 
-  size_t size() const override { return contents_.size(); }
+  size_t size() const override { return file_->contents().size(); }
 
   size_t read(uint64_t position, void* buffer, size_t bytes, const char* what) const override {
     TORCH_CHECK(position <= size() && bytes <= size() - position, what, ": beyond the end of the file");
-    const std::string_view wanted = contents_.substr(position, bytes);
+    try {
+      read_small_or_large(position, static_cast<char*>(buffer), bytes);
+    } catch (const ReadError& error) {
+      TORCH_CHECK(false, what, ": ", error.what());
+    }
+    const std::string_view wanted(static_cast<const char*>(buffer), bytes);
     if (bytes == kHeader && wanted.starts_with(kSignature)) {
       TORCH_CHECK(is_stored(wanted), what, ": a record is compressed or encrypted");
       last_header_ = position;
     }
-    std::memcpy(buffer, wanted.data(), bytes);
     return bytes;
   }
 
@@ -51,13 +56,37 @@ class Archive::Source final : public caffe2::serialize::ReadAdapterInterface {
   std::optional<size_t> take_header() { return std::exchange(last_header_, std::nullopt); }
 
  private:
-  const std::string_view contents_;
+  // The headers of small records lie close to each other: what is behind one is read together with it.
+  static constexpr size_t kWindow = 16 << 10;
+
+  void read_small_or_large(size_t position, char* buffer, size_t bytes) const {
+    if (bytes > kWindow) {
+      read_at(file_->descriptor(), static_cast<int64_t>(position), buffer, static_cast<int64_t>(bytes));
+      return;
+    }
+    if (position < begin_ || position + bytes > begin_ + window_.size()) {
+      window_.resize(std::min(kWindow, size() - position));
+      begin_ = position;
+      try {
+        read_at(file_->descriptor(), static_cast<int64_t>(position), window_.data(),
+                static_cast<int64_t>(window_.size()));
+      } catch (const ReadError&) {
+        window_.clear();
+        throw;
+      }
+    }
+    std::copy_n(window_.data() + (position - begin_), bytes, buffer);
+  }
+
+  const c10::intrusive_ptr<MappedFile> file_;
+  mutable std::vector<char> window_;
+  mutable size_t begin_ = 0;  // of the window, in the file
   mutable std::optional<size_t> last_header_;
 };
 
 Archive::Archive(c10::intrusive_ptr<MappedFile> file)
     : file_(std::move(file)),
-      source_(std::make_shared<Source>(file_->contents())),
+      source_(std::make_shared<Source>(file_)),
       reader_(std::make_unique<caffe2::serialize::PyTorchStreamReader>(source_)) {}
 
 Archive::~Archive() = default;
@@ -83,7 +112,9 @@ std::optional<std::string> Archive::read(const std::string& name) {
   if (!record) {
     return std::nullopt;
   }
-  return std::string(file_->contents().substr(record->data.begin, record->data.end - record->data.begin));
+  std::string bytes(record->data.end - record->data.begin, '\0');
+  source_->read(record->data.begin, bytes.data(), bytes.size(), name.c_str());
+  return bytes;
 }
 
 bool Archive::has(const std::string& name) {

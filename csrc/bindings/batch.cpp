@@ -43,7 +43,12 @@ py::object Batch::clone(py::handle src) {
 }
 
 void Batch::copy(py::handle dst, py::handle src) {
-  jobs_.push_back(job_between(THPVariable_Unpack(dst.ptr()), THPVariable_Unpack(src.ptr())));
+  const at::Tensor& from = THPVariable_Unpack(src.ptr());
+  Job job = job_between(THPVariable_Unpack(dst.ptr()), from);
+  if (reads_files_) {
+    find_in_file(job, from);
+  }
+  jobs_.push_back(job);
   held_.add(src);
   held_.add(dst);
 }

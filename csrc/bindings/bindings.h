@@ -18,10 +18,10 @@ pybind11::dict id_map(const pybind11::list& saved_lists, const pybind11::list& p
 pybind11::object cast_state(const pybind11::dict& saved_state, const pybind11::dict& id_map,
                             const pybind11::object& hosted_on_device, const pybind11::object& rule_of,
                             const pybind11::object& memo, const pybind11::dict& state, bool audits, bool gives,
-                            bool reads_files);
+                            bool reads_files, const pybind11::object& dtensors);
 
 // tensors.cpp
-bool copy_plain(const pybind11::list& dsts, const pybind11::list& srcs, bool non_blocking,
+bool copy_plain(const pybind11::list& dsts, const pybind11::list& srcs, bool non_blocking, bool reads_files,
                 const pybind11::function& leave, pybind11::list begun);
 pybind11::list to_plain(const pybind11::list& tensors, const pybind11::object& dtype, const pybind11::object& device,
                         bool copy);

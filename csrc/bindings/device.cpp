@@ -47,7 +47,12 @@ bool DeviceBatch::takes(const at::Tensor& dst, const at::Tensor& src) {
 }
 
 void DeviceBatch::copy(py::handle dst, py::handle src) {
-  add(job_between(tensor_of(dst), tensor_of(src)), dst, src);
+  const at::Tensor& from = tensor_of(src);
+  Job job = job_between(tensor_of(dst), from);
+  if (reads_files_ && from.is_cpu()) {
+    find_in_file(job, from);
+  }
+  add(job, dst, src);
   held_.add(dst);
 }
 

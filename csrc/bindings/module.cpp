@@ -11,9 +11,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("id_map", &fastopt::id_map, py::arg("saved_lists"), py::arg("param_lists"));
   module.def("cast_state", &fastopt::cast_state, py::arg("saved_state"), py::arg("id_map"), py::arg("hosted_on_device"),
              py::arg("rule_of"), py::arg("memo"), py::arg("state"), py::arg("audits"), py::arg("gives"),
-             py::arg("reads_files"));
+             py::arg("reads_files"), py::arg("dtensors"));
   module.def("copy_plain", &fastopt::copy_plain, py::arg("dsts"), py::arg("srcs"), py::arg("non_blocking"),
-             py::arg("leave"), py::arg("begun"));
+             py::arg("reads_files"), py::arg("leave"), py::arg("begun"));
   module.def("to_plain", &fastopt::to_plain, py::arg("tensors"), py::arg("dtype"), py::arg("device"), py::arg("copy"));
   module.def("write_torch_files", &fastopt::write_torch_files, py::arg("file"), py::arg("contents"), py::arg("first"),
              py::arg("dtypes"), py::arg("start"), py::arg("alignment"), py::arg("write_tensors"));

@@ -109,13 +109,14 @@ std::string described(const at::Tensor& tensor) {
 // Copies the plain entries and calls `leave(indices)` for the others, before any byte moves. Appends the list of the
 // plain ones to `begun` when nothing is left to be done but to copy them. False, and nothing done, where the entries
 // have to be looked at one by one: an entry that is no tensor, shapes that differ, memory that may overlap.
-// non_blocking: whether pinned memory may be read and written later, by the current stream.
-bool copy_plain(const py::list& dsts, const py::list& srcs, bool non_blocking, const py::function& leave,
-                py::list begun) {
+// non_blocking: whether pinned memory may be read and written later, by the current stream. reads_files: whether
+// sources that lie in a mapped file still hold what the file does, and are read from there.
+bool copy_plain(const py::list& dsts, const py::list& srcs, bool non_blocking, bool reads_files,
+                const py::function& leave, py::list begun) {
   std::vector<std::pair<py::handle, py::handle>> pairs;  // kept alive by the lists
   std::vector<std::pair<py::handle, py::handle>> device_pairs;
   std::vector<size_t> device_indices;
-  DeviceBatch device_batch;
+  DeviceBatch device_batch(reads_files);
   std::vector<py::handle> written;
   py::list written_indices;
   std::vector<Interval> dst_memory;
@@ -168,7 +169,7 @@ bool copy_plain(const py::list& dsts, const py::list& srcs, bool non_blocking, c
   if (!left.empty()) {
     leave(left);
   }
-  Batch batch;  // after `leave`, which may run any Python: an address taken before might not hold
+  Batch batch(reads_files);  // after `leave`, which may run any Python: an address taken before might not hold
   for (const auto& [dst, src] : pairs) {
     batch.copy(dst, src);
   }

@@ -18,6 +18,7 @@
 #include "bindings.h"
 #include "checked.h"
 #include "device.h"
+#include "dtensors.h"
 #include "entries.h"
 #include "plain.h"
 #include "rules.h"
@@ -55,13 +56,14 @@ bool is_tensor_and_no_parameter(PyObject* object) {
 class Walk {
  public:
   Walk(const py::object& hosted_on_device, const py::object& rule_of, const py::object& memo, const py::dict& state,
-       bool audits, bool gives, bool reads_files)
+       bool audits, bool gives, bool reads_files, const py::object& dtensors)
       : hosted_on_device_(hosted_on_device),
         memo_(memo),
         state_(state),
         audits_(audits),
         gives_(gives),
         rules_(rule_of),
+        dtensors_(dtensors),
         batch_(reads_files),
         device_batch_(reads_files) {}
 
@@ -77,7 +79,7 @@ class Walk {
     }
     param_ = entry.param;
     py::object result;
-    if (THPVariable_CheckExact(param_.ptr())) {
+    if (THPVariable_CheckExact(param_.ptr()) || dtensors_.is_one(param_)) {
       const at::Tensor& tensor = THPVariable_Unpack(param_.ptr());
       target_ = {tensor.scalar_type(), tensor.device(), is_hosted_on_device(saved_id_)};
       const bool is_reached = target_.device.is_cpu() || (target_.device.is_cuda() && DeviceBatch::is_built());
@@ -172,6 +174,9 @@ class Walk {
     if (is_tensor_and_no_parameter(value)) {
       return cast_tensor(item, sole);
     }
+    if (dtensors_.is_one(item.value)) {
+      return cast_dtensor(item, sole);
+    }
     if (depth_ == kMaxDepth) {
       throw LeftToPython();
     }
@@ -240,6 +245,43 @@ class Walk {
     return copy_tensor(item, sole);
   }
 
+  // The part of it that is here, as a tensor of its own (Note [DTensors]). What has more to it is Python's.
+  py::object cast_dtensor(const Item& item, bool sole) {
+    const at::Tensor& whole = THPVariable_Unpack(item.value.ptr());
+    const Rule& rule = rules_.at(state_key_, item.key && is_step(item.key.ptr()));
+    const at::ScalarType dtype = rule.dtype(whole.scalar_type(), target_);
+    const py::object part = dtensors_.part(item.value);
+    if (!part || whole.requires_grad() || !is_dense(whole) || rule.device(whole.device(), target_) != whole.device()) {
+      return {};
+    }
+    const at::Tensor& tensor = THPVariable_Unpack(part.ptr());
+    if (!(is_plain(tensor) || is_plain_cuda(tensor)) || tensor.scalar_type() != whole.scalar_type()) {
+      return {};
+    }
+    if (dtype == whole.scalar_type() && memo_.is_none()) {
+      shared_ += 1;
+      return item.value;
+    }
+    const bool is_copy = dtype == whole.scalar_type();
+    if (is_copy && (whole.grad().defined() || has_attributes(item.value.ptr()))) {
+      return {};  // a deep copy of more than its elements
+    }
+    if (py::object known = is_copy ? remembered(item.value, sole) : py::object()) {
+      return known;
+    }
+    const Item in_part{item.key, part, /*sole=*/false};
+    py::object result = cast_to(in_part, dtype, tensor.device(), tensor.is_cpu(), /*sole=*/false);
+    if (!result) {
+      return {};
+    }
+    result = dtensors_.around(result, item.value);
+    if (is_copy) {
+      copied_ += 1;
+      remember(item.value, sole, result);
+    }
+    return result;
+  }
+
   py::object cast_to(const Item& item, at::ScalarType dtype, c10::Device device, bool within_cpu, bool sole) {
     const at::Tensor& tensor = THPVariable_Unpack(item.value.ptr());
     Audited* const row = audits_ && dtype != tensor.scalar_type() ? audited({tensor.scalar_type(), dtype}) : nullptr;
@@ -262,17 +304,27 @@ class Walk {
     return result;
   }
 
-  // A copy that a later `copy.deepcopy(object, memo)` will find; where this is the only reference to the object, none
-  // can come.
+  // The copy that was made of an object before, if any. Where this is the only reference to it, none was.
+  py::object remembered(const py::object& object, bool sole) {
+    if (sole) {
+      return {};
+    }
+    PyObject* known = PyDict_GetItemWithError(memo_.ptr(), checked(PyLong_FromVoidPtr(object.ptr())).ptr());
+    check(known == nullptr && PyErr_Occurred() != nullptr);
+    return py::reinterpret_borrow<py::object>(known);
+  }
+
+  // Has a later `copy.deepcopy(object, memo)` find the copy; where this is the only reference, none can come.
+  void remember(const py::object& object, bool sole, const py::object& copy) {
+    if (!sole) {
+      check(PyDict_SetItem(memo_.ptr(), checked(PyLong_FromVoidPtr(object.ptr())).ptr(), copy.ptr()));
+    }
+  }
+
   py::object copy_tensor(const Item& item, bool sole) {
     const py::object& object = item.value;
-    py::object id;
-    if (!sole) {
-      id = checked(PyLong_FromVoidPtr(object.ptr()));
-      if (PyObject* known = PyDict_GetItemWithError(memo_.ptr(), id.ptr())) {
-        return py::reinterpret_borrow<py::object>(known);
-      }
-      check(PyErr_Occurred() != nullptr);
+    if (py::object known = remembered(object, sole)) {
+      return known;
     }
     const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
     if (!has_only_its_storage(object.ptr(), tensor)) {
@@ -289,9 +341,7 @@ class Walk {
     }
     count(tensor, THPVariable_Unpack(result.ptr()));
     copied_ += 1;
-    if (!sole) {
-      check(PyDict_SetItem(memo_.ptr(), id.ptr(), result.ptr()));
-    }
+    remember(object, sole, result);
     return result;
   }
 
@@ -328,6 +378,7 @@ class Walk {
 
   std::deque<Audited> audited_;  // the batches point into it: before them, and growing without moving
   Rules rules_;
+  DTensors dtensors_;
   Batch batch_;
   DeviceBatch device_batch_;
   std::vector<Place> places_;  // of what the device batch lists
@@ -345,6 +396,7 @@ class Walk {
 // copy.deepcopy's memo for copy=True, or None. state: the new state, filled here.
 // audits: whether casts are counted. gives: whether what nobody else refers to may be lost when it has been cast.
 // reads_files: whether what lies in a mapped file still holds what the file does, and is read from there.
+// dtensors: as in dtensors.h.
 // -> (deferred, counts, tensors copied, tensors shared, audits), or None where the whole walk is Python's
 // (LeftToPython).
 //    deferred: (container, slot, parameter or None, value, saved id, key or None, state key or None) for each value put
@@ -353,8 +405,8 @@ class Walk {
 //    audits: (state key, from dtype, to dtype, and the members of Audit).
 py::object cast_state(const py::dict& saved_state, const py::dict& id_map, const py::object& hosted_on_device,
                       const py::object& rule_of, const py::object& memo, const py::dict& state, bool audits, bool gives,
-                      bool reads_files) {
-  Walk walk(hosted_on_device, rule_of, memo, state, audits, gives, reads_files);
+                      bool reads_files, const py::object& dtensors) {
+  Walk walk(hosted_on_device, rule_of, memo, state, audits, gives, reads_files, dtensors);
   try {
     EntryReader reader(saved_state, id_map);
     for (auto entries = reader.next(); !entries.empty(); entries = reader.next()) {

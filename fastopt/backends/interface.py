@@ -98,9 +98,16 @@ class Backend(Protocol):
         """The optimizer's new state, by the rules."""
 
     def copy_(
-        self, dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool, begun: list[list[int]]
+        self,
+        dsts: list[torch.Tensor],
+        srcs: list[torch.Tensor],
+        non_blocking: bool,
+        begun: list[list[int]],
+        reads_files: bool = False,
     ) -> None:
         """`dst.copy_(src)` for each pair, after all pairs have been checked.
+
+        `reads_files`: whether sources that lie in a mapped file still hold what the file does, and may be read there.
 
         `begun` gets the indices of pairs that are copied together, before their first byte is written: after an error
         all in it are copied, but the last of these lists perhaps in part.

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch.utils.serialization import config
 
-from fastopt import _C
+from fastopt import _C, dtensors
 from fastopt.backends import python
 from fastopt.backends.interface import BoxInFile, PlaceInFile, Rules, State
 from fastopt.files.staging import Entry, write_tensors
@@ -63,6 +63,7 @@ def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], 
         rules.audits,
         rules.gives,
         rules.reads_files,
+        dtensors.for_native(),
     )
     if walked is None:  # too odd for the native walk: what it has begun is dropped
         if rules.memo is not None:
@@ -79,7 +80,15 @@ def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], 
     return state
 
 
-def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool, begun: list[list[int]]) -> None:
+def copy_(
+    dsts: list[torch.Tensor],
+    srcs: list[torch.Tensor],
+    non_blocking: bool,
+    begun: list[list[int]],
+    reads_files: bool = False,
+) -> None:
+    dsts, srcs = parts_of_pairs(dsts, srcs)
+
     def leave_to_torch(indices: list[int]) -> None:
         for index in indices:
             python.check_pair(index, dsts[index], srcs[index])
@@ -87,16 +96,46 @@ def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool
             begun.append([index])
             python.copy_entry(index, dsts[index], srcs[index], non_blocking)
 
-    if not _C.copy_plain(dsts, srcs, non_blocking, leave_to_torch, begun):
+    if not _C.copy_plain(dsts, srcs, non_blocking, reads_files, leave_to_torch, begun):
         python.copy_(dsts, srcs, non_blocking, begun)
 
 
 def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list[torch.Tensor]:
     results = _C.to_plain(tensors, options.get("dtype"), options.get("device"), copy)
-    for index, result in enumerate(results):
-        if result is None:
+    left = [index for index, result in enumerate(results) if result is None]
+    dtensors_left = [index for index in left if is_part_enough(tensors[index], options)]
+    parts = [dtensors.local(tensors[index]) for index in dtensors_left]
+    spec_of = dtensors.Specs()
+    for index, part, result in zip(dtensors_left, parts, to(parts, options, copy) if parts else (), strict=True):
+        unchanged = result is part
+        spec = spec_of(tensors[index]._spec, result.dtype)  # type: ignore[attr-defined]
+        results[index] = tensors[index] if unchanged else dtensors.placed(result, spec)
+    for index in left:
+        if results[index] is None:
             results[index] = python.to_entry(index, tensors[index], options, copy)
     return results
+
+
+def is_part_enough(tensor: Any, options: dict[str, Any]) -> bool:
+    """Whether a cast is one of the part of a DTensor that is here, which stays on its device."""
+    return dtensors.is_seen_through(tensor) and options.get("device", tensor.device) == tensor.device
+
+
+def parts_of_pairs(dsts: list[torch.Tensor], srcs: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The parts of DTensors, in place of pairs whose copy is one of the parts; their versions are counted here."""
+    if not any(map(dtensors.is_dtensor, dsts)):
+        return dsts, srcs
+    pairs = list(zip(dsts, srcs, strict=True))
+    for index, (dst, src) in enumerate(pairs):
+        if (
+            dtensors.is_seen_through(dst)
+            and dtensors.is_seen_through(src)
+            and dst.shape == src.shape
+            and dtensors.placed_alike(dst, src)
+        ):
+            torch.autograd.graph.increment_version(dst)
+            pairs[index] = dtensors.local(dst), dtensors.local(src)
+    return [dst for dst, _ in pairs], [src for _, src in pairs]
 
 
 def write_torch_files(

@@ -51,7 +51,13 @@ def cast_state(saved_state: Mapping[Any, Any], id_map: dict[Any, torch.Tensor], 
     return state
 
 
-def copy_(dsts: list[torch.Tensor], srcs: list[torch.Tensor], non_blocking: bool, begun: list[list[int]]) -> None:
+def copy_(
+    dsts: list[torch.Tensor],
+    srcs: list[torch.Tensor],
+    non_blocking: bool,
+    begun: list[list[int]],
+    reads_files: bool = False,
+) -> None:
     for index, (dst, src) in enumerate(zip(dsts, srcs, strict=True)):
         check_pair(index, dst, src)
     check_overlap(dsts, srcs)

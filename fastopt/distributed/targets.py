@@ -10,6 +10,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from fastopt.backends import current
 from fastopt.distributed.boxes import Box, boxes
+from fastopt.dtensors import placed
 from fastopt.errors import describe_tensor
 from fastopt.files.dcp_metadata import TensorEntry
 
@@ -139,7 +140,7 @@ def dtype_of(slot: Slot) -> torch.dtype:
 def wrapped(local: torch.Tensor, spec: DTensorSpec) -> torch.Tensor:
     """The part of a tensor that is here, as the whole tensor."""
     meta = TensorMeta(spec.shape, torch.Size(spec.stride), local.dtype)
-    return DTensor(local, DTensorSpec(spec.mesh, spec.placements, meta), requires_grad=False)  # type: ignore[no-untyped-call]
+    return placed(local, DTensorSpec(spec.mesh, spec.placements, meta))
 
 
 def held_targets(found: Sequence[Slot], state: Any) -> list[Target]:
