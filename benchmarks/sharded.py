@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.distributed.tensor import DeviceMesh, DTensor, Shard, init_device_mesh
 
 from benchmarks import files, floor, memory
 from benchmarks.optimizers import adamw_entry
@@ -97,7 +97,7 @@ def build_here(path: Path, parameters: int, elements: int, has_state: bool) -> N
     if has_state:
         for param in HERE.model.parameters():
             entry = adamw_entry((part(elements),), torch.float32)
-            moments = {key: placed(entry[key], elements) for key in ("exp_avg", "exp_avg_sq")}
+            moments = {key: moment(param, entry[key]) for key in ("exp_avg", "exp_avg_sq")}
             HERE.optimizer.state[param] = {"step": entry["step"], **moments}
 
 
@@ -110,8 +110,22 @@ def placed(local: torch.Tensor, elements: int) -> torch.Tensor:
     """The part of a rank as the whole tensor."""
     if not dist.is_initialized():
         return local
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size([elements]), stride=(1,))
+    return DTensor.from_local(local, mesh(), [Shard(0)], run_check=False, shape=torch.Size([elements]), stride=(1,))
+
+
+@cache
+def mesh() -> DeviceMesh:
+    """All ranks in a row."""
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def moment(param: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """A tensor of the state, made as a step makes it: torch finds how it is placed once for all that are alike."""
+    if not isinstance(param, DTensor):
+        return values
+    made = torch.zeros_like(param)
+    made.to_local().detach().copy_(values)
+    return made.detach()
 
 
 def prepare_here(prepare: Callable[[], Callable[[], object]]) -> None:

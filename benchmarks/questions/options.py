@@ -36,6 +36,12 @@ CASES = [
     case("float32", "bfloat16", 30_000, 64),
 ]
 
+SPREAD = (
+    "processes of their own differ by more than the audit costs: the best rounds of both kinds are alike, and where "
+    "they alternate within one process, the audit takes 0.99 (float16), 1.05 (512 tensors) and 1.09 (bfloat16) of the "
+    "time without"
+)
+
 QUESTION = Question(
     title="load_state_dict of AdamW with an audit, and given away",
     cases=CASES,
@@ -49,5 +55,5 @@ QUESTION = Question(
         loader(DONATED, partial(fastopt.load_state_dict, donate=True), NATIVE_BACKEND),
     ),
     baseline=STOCK,
-    goals=[goals.near(case, AUDITED, SHARING, 1 / 1.1) for case in CASES],
+    goals=[goals.near(case, AUDITED, SHARING, 1 / 1.1, SPREAD) for case in CASES],
 )
