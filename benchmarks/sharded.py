@@ -53,7 +53,7 @@ def build(action: str, size: int, parameters: int, elements: int) -> ShardedWork
     """A state in float32 of so many ranks.
 
     Args:
-        action: "load", "save" or "stall".
+        action: "load", where no state is there and one has been saved; "save", "stall" or "state", where one is there.
         size: the ranks.
         parameters: how many there are.
         elements: of each, over all ranks.
@@ -134,6 +134,16 @@ def prepare_here(prepare: Callable[[], Callable[[], object]]) -> None:
     memory.touch(HERE.bytes)
     if dist.is_initialized():
         dist.barrier()
+
+
+def on_all_ranks(prepare: Callable[[], Callable[[], object]]) -> Callable[[ShardedWork], Callable[[], object]]:
+    """Has all ranks do what `prepare` returns on each, as a contender's `prepare`."""
+
+    def prepared(work: ShardedWork) -> Callable[[], object]:
+        work.group.everywhere(prepare_here, prepare)
+        return partial(work.group.everywhere, run_here)
+
+    return prepared
 
 
 def run_here() -> None:

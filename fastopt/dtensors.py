@@ -22,25 +22,31 @@ def is_dtensor(value: Any) -> bool:
     return distributed is not None and isinstance(value, distributed.DTensor)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: Any) -> torch.Tensor:
     """What a DTensor holds in this process; any other tensor itself."""
-    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    part: torch.Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor
+    return part
+
+
+def spec(dtensor: Any) -> Any:
+    """How a DTensor is placed: mesh, placements, and the shape, strides and dtype of the whole."""
+    return dtensor._spec
 
 
 def placed_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether the parts of two DTensors of one shape are the same on every process; or neither is a DTensor."""
-    if is_dtensor(one) and is_dtensor(other):
-        ours, theirs = one._spec, other._spec  # type: ignore[attr-defined]
-        return bool(ours.mesh == theirs.mesh and ours.placements == theirs.placements)
-    return is_dtensor(one) == is_dtensor(other)
+    kinds = is_dtensor(one), is_dtensor(other)
+    if not all(kinds):
+        return not any(kinds)
+    ours, theirs = spec(one), spec(other)
+    return bool(ours.mesh == theirs.mesh and ours.placements == theirs.placements)
 
 
-def placement(tensor: torch.Tensor) -> str:
+def placement(tensor: Any) -> str:
     """How a tensor is placed, in words for an error."""
     if not is_dtensor(tensor):
         return "a plain tensor"
-    mesh = tuple(tensor.device_mesh.shape)  # type: ignore[attr-defined]
-    return f"a DTensor placed by {tensor.placements} on a mesh of {mesh}"  # type: ignore[attr-defined]
+    return f"a DTensor placed by {tensor.placements} on a mesh of {tuple(tensor.device_mesh.shape)}"
 
 
 def is_seen_through(tensor: Any) -> bool:
@@ -54,6 +60,12 @@ def is_seen_through(tensor: Any) -> bool:
     seen = (distributed.Shard, distributed.Replicate)
     has_gaps = tensor.numel() > 0 and not is_dense(tensor.shape, tensor.stride())
     return all(type(one) in seen for one in tensor.placements) and not has_gaps
+
+
+def are_among(tensors: list[Any]) -> bool:
+    """Whether a list of very many may hold DTensors."""
+    distributed = module()
+    return distributed is not None and distributed.DTensor in set(map(type, tensors))
 
 
 class Specs:
@@ -76,10 +88,11 @@ class Specs:
 def placed(part: torch.Tensor, spec: Any) -> torch.Tensor:
     """A DTensor of the part that this process holds, as its spec says; without an operation of torch's.
 
-    Its `__init__`, which does nothing, takes twice as long as all the rest, and torch leaves it out as well.
+    Its `__init__`, which does nothing but call those of its bases, takes longer than all the rest and is left out.
     """
     dtensor = module().DTensor
-    return dtensor.__new__(dtensor, part, spec, requires_grad=False)  # type: ignore[no-any-return]
+    made: torch.Tensor = dtensor.__new__(dtensor, part, spec, requires_grad=False)
+    return made
 
 
 def for_native() -> tuple[Any, ...] | None:

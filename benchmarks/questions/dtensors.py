@@ -8,7 +8,7 @@ import torch
 import fastopt
 from benchmarks import goals, plots, sharded
 from benchmarks.optimizers import NATIVE_BACKEND
-from benchmarks.question import Case, Contender, Question, Size
+from benchmarks.question import Case, Contender, Question
 from benchmarks.sharded import HERE, ShardedWork
 
 RANKS = 2
@@ -17,19 +17,6 @@ RANKS = 2
 def build(parameters: int, elements: int) -> ShardedWork:
     """AdamW's state in float32, of so many parameters with so many elements each, over all ranks."""
     return sharded.build("state", RANKS, parameters, elements)
-
-
-def contender(
-    name: str, prepare: Callable[[], Callable[[], object]], environment: dict[str, str] | None = None, most: int = 100
-) -> Contender[ShardedWork]:
-    def prepared(work: ShardedWork) -> Callable[[], object]:
-        work.group.everywhere(sharded.prepare_here, prepare)
-        return partial(work.group.everywhere, sharded.run_here)
-
-    def rounds(size: Size, rounds: int) -> int:
-        return min(rounds, most)
-
-    return Contender(name, prepared, environment or {}, rounds)
 
 
 def in_bfloat16() -> torch.optim.Optimizer:
@@ -53,9 +40,10 @@ def our_load(copy: bool) -> Callable[[], object]:
     return partial(fastopt.load_state_dict, in_bfloat16(), HERE.optimizer.state_dict(), copy=copy)
 
 
-STOCK = contender("stock torch", torch_load, most=2)
-COPYING = contender("fastopt copy=True", partial(our_load, True), NATIVE_BACKEND)
-SHARING = contender("fastopt copy=False", partial(our_load, False), NATIVE_BACKEND)
+STOCK = Contender("stock torch", sharded.on_all_ranks(torch_load))
+LINEAR = Contender("linear torch", sharded.on_all_ranks(linear_load))
+COPYING = Contender("fastopt copy=True", sharded.on_all_ranks(partial(our_load, True)), NATIVE_BACKEND)
+SHARING = Contender("fastopt copy=False", sharded.on_all_ranks(partial(our_load, False)), NATIVE_BACKEND)
 
 
 def case(parameters: int, elements: int) -> Case:
@@ -71,7 +59,7 @@ QUESTION = Question(
     quick=[Case(MANY.label, {"parameters": 100, "elements": 128})],
     warm_up={"parameters": 2, "elements": 64},
     build=build,
-    contenders=(STOCK, contender("linear torch", linear_load), COPYING, SHARING),
+    contenders=(STOCK, LINEAR, COPYING, SHARING),
     baseline=STOCK.name,
     goals=[goals.faster(MANY, ours.name, STOCK.name, 20) for ours in (COPYING, SHARING)],
     plot=plots.bandwidth,

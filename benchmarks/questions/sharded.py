@@ -1,7 +1,6 @@
 """Loading and saving a state that is sharded over ranks, in folders of torch.distributed.checkpoint."""
 
 from collections.abc import Callable
-from functools import partial
 
 from benchmarks import goals, plots, sharded
 from benchmarks.optimizers import NATIVE_BACKEND
@@ -16,14 +15,10 @@ MORE_MEMORY = 0.3e9
 def contender(
     name: str, action: str, prepare: Callable[[], Callable[[], object]], environment: dict[str, str] | None = None
 ) -> Contender[ShardedWork]:
-    def prepared(work: ShardedWork) -> Callable[[], object]:
-        work.group.everywhere(sharded.prepare_here, prepare)
-        return partial(work.group.everywhere, sharded.run_here)
-
     def rounds(size: Size, rounds: int) -> int:
         return rounds if size["action"] == action else 0
 
-    return Contender(name, prepared, environment or {}, rounds)
+    return Contender(name, sharded.on_all_ranks(prepare), environment or {}, rounds)
 
 
 def case(action: str, size: int, parameters: int, elements: int) -> Case:

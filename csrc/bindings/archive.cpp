@@ -40,7 +40,7 @@ class Archive::Source final : public caffe2::serialize::ReadAdapterInterface {
   size_t read(uint64_t position, void* buffer, size_t bytes, const char* what) const override {
     TORCH_CHECK(position <= size() && bytes <= size() - position, what, ": beyond the end of the file");
     try {
-      read_small_or_large(position, static_cast<char*>(buffer), bytes);
+      fill(static_cast<char*>(buffer), static_cast<int64_t>(position), static_cast<int64_t>(bytes));
     } catch (const ReadError& error) {
       TORCH_CHECK(false, what, ": ", error.what());
     }
@@ -57,30 +57,18 @@ class Archive::Source final : public caffe2::serialize::ReadAdapterInterface {
 
  private:
   // The headers of small records lie close to each other: what is behind one is read together with it.
-  static constexpr size_t kWindow = 16 << 10;
+  static constexpr int64_t kWindow = 16 << 10;
 
-  void read_small_or_large(size_t position, char* buffer, size_t bytes) const {
-    if (bytes > kWindow) {
-      read_at(file_->descriptor(), static_cast<int64_t>(position), buffer, static_cast<int64_t>(bytes));
-      return;
+  void fill(char* buffer, int64_t position, int64_t bytes) const {
+    if (bytes > window_.longest()) {
+      read_at(file_->descriptor(), position, buffer, bytes);
+    } else {
+      std::copy_n(window_.at(file_->descriptor(), position, bytes), bytes, buffer);
     }
-    if (position < begin_ || position + bytes > begin_ + window_.size()) {
-      window_.resize(std::min(kWindow, size() - position));
-      begin_ = position;
-      try {
-        read_at(file_->descriptor(), static_cast<int64_t>(position), window_.data(),
-                static_cast<int64_t>(window_.size()));
-      } catch (const ReadError&) {
-        window_.clear();
-        throw;
-      }
-    }
-    std::copy_n(window_.data() + (position - begin_), bytes, buffer);
   }
 
   const c10::intrusive_ptr<MappedFile> file_;
-  mutable std::vector<char> window_;
-  mutable size_t begin_ = 0;  // of the window, in the file
+  mutable ReadWindow window_{kWindow};
   mutable std::optional<size_t> last_header_;
 };
 

@@ -11,9 +11,10 @@
 namespace fastopt {
 
 // Note [DTensors]
-// An operation on a DTensor goes through torch's dispatcher in Python, some 50 us each. A cast or a copy of one is that
-// of the part which this process holds, under the same placements, unless a reduction of it is pending; so the part
-// goes into the batch as any plain tensor, and a DTensor is made around the result.
+// An operation on a DTensor goes through torch's dispatcher in Python, which takes many times as long as all else that
+// a small one costs (benchmarks/questions/dtensors.py). A cast or a copy of one is that of the part which this process
+// holds, under the same placements, unless a reduction of it is pending; so the part goes into the batch as any plain
+// tensor, and a DTensor is made around the result.
 class DTensors {
  public:
   // about: (the type, Shard, Replicate, the type's __new__, spec_of) or None, where there are no DTensors: `for_native`

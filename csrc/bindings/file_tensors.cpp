@@ -112,7 +112,7 @@ c10::intrusive_ptr<c10::StorageImpl> copied(ResultMemory& memory, ReadWindow& wi
   const auto bytes = static_cast<size_t>(place.bytes);
   auto storage = memory.make<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes, memory.allocate(bytes),
                                                c10::GetCPUAllocator(), /*resizable=*/true);
-  if (place.bytes > ReadWindow::kLongest) {
+  if (place.bytes > window.longest()) {
     read_at(file, place.offset, storage->mutable_data(), place.bytes);
   } else if (place.bytes > 0) {
     std::memcpy(storage->mutable_data(), window.at(file, place.offset, place.bytes), bytes);

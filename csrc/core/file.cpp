@@ -55,11 +55,11 @@ void read_at(int descriptor, int64_t offset, void* to, int64_t bytes) {
 const char* ReadWindow::at(int descriptor, int64_t offset, int64_t bytes) {
   if (descriptor != descriptor_ || offset < begin_ || offset + bytes > end_) {
     if (buffer_ == nullptr) {
-      buffer_ = std::make_unique_for_overwrite<char[]>(kBytes);
+      buffer_ = std::make_unique_for_overwrite<char[]>(static_cast<size_t>(bytes_));
     }
     descriptor_ = -1;  // until it has been read
     begin_ = offset / kAlignment * kAlignment;
-    end_ = begin_ + read_some(descriptor, begin_, buffer_.get(), offset + bytes - begin_, kBytes);
+    end_ = begin_ + read_some(descriptor, begin_, buffer_.get(), offset + bytes - begin_, bytes_);
     descriptor_ = descriptor;
   }
   return buffer_.get() + (offset - begin_);

@@ -87,7 +87,9 @@ def copy_(
     begun: list[list[int]],
     reads_files: bool = False,
 ) -> None:
-    dsts, srcs = parts_of_pairs(dsts, srcs)
+    given = dsts
+    if dtensors.are_among(dsts):
+        dsts, srcs = parts_of_pairs(dsts, srcs)
 
     def leave_to_torch(indices: list[int]) -> None:
         for index in indices:
@@ -96,20 +98,27 @@ def copy_(
             begun.append([index])
             python.copy_entry(index, dsts[index], srcs[index], non_blocking)
 
-    if not _C.copy_plain(dsts, srcs, non_blocking, reads_files, leave_to_torch, begun):
-        python.copy_(dsts, srcs, non_blocking, begun)
+    try:
+        if not _C.copy_plain(dsts, srcs, non_blocking, reads_files, leave_to_torch, begun):
+            python.copy_(dsts, srcs, non_blocking, begun)
+    finally:
+        if begun and dsts is not given:
+            for dst, written in zip(given, dsts, strict=True):
+                if written is not dst:
+                    torch.autograd.graph.increment_version(dst)
 
 
 def to(tensors: list[torch.Tensor], options: dict[str, Any], copy: bool) -> list[torch.Tensor]:
     results = _C.to_plain(tensors, options.get("dtype"), options.get("device"), copy)
     left = [index for index, result in enumerate(results) if result is None]
-    dtensors_left = [index for index in left if is_part_enough(tensors[index], options)]
-    parts = [dtensors.local(tensors[index]) for index in dtensors_left]
+    in_parts = [index for index in left if is_part_enough(tensors[index], options)]
+    parts = [dtensors.local(tensors[index]) for index in in_parts]
     spec_of = dtensors.Specs()
-    for index, part, result in zip(dtensors_left, parts, to(parts, options, copy) if parts else (), strict=True):
-        unchanged = result is part
-        spec = spec_of(tensors[index]._spec, result.dtype)  # type: ignore[attr-defined]
-        results[index] = tensors[index] if unchanged else dtensors.placed(result, spec)
+    for index, part, result in zip(in_parts, parts, _C.to_plain(parts, options.get("dtype"), None, copy), strict=True):
+        if result is part:
+            results[index] = tensors[index]
+        elif result is not None:
+            results[index] = dtensors.placed(result, spec_of(dtensors.spec(tensors[index]), result.dtype))
     for index in left:
         if results[index] is None:
             results[index] = python.to_entry(index, tensors[index], options, copy)
@@ -122,20 +131,14 @@ def is_part_enough(tensor: Any, options: dict[str, Any]) -> bool:
 
 
 def parts_of_pairs(dsts: list[torch.Tensor], srcs: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The parts of DTensors, in place of pairs whose copy is one of the parts; their versions are counted here."""
-    if not any(map(dtensors.is_dtensor, dsts)):
-        return dsts, srcs
-    pairs = list(zip(dsts, srcs, strict=True))
-    for index, (dst, src) in enumerate(pairs):
-        if (
-            dtensors.is_seen_through(dst)
-            and dtensors.is_seen_through(src)
-            and dst.shape == src.shape
-            and dtensors.placed_alike(dst, src)
-        ):
-            torch.autograd.graph.increment_version(dst)
-            pairs[index] = dtensors.local(dst), dtensors.local(src)
-    return [dst for dst, _ in pairs], [src for _, src in pairs]
+    """The parts of DTensors, in place of pairs whose copy is one of the parts."""
+    dsts, srcs = list(dsts), list(srcs)
+    for index, (dst, src) in enumerate(zip(dsts, srcs, strict=True)):
+        if not (dtensors.is_seen_through(dst) and dtensors.is_seen_through(src)):
+            continue
+        if dst.shape == src.shape and dtensors.placed_alike(dst, src):
+            dsts[index], srcs[index] = dtensors.local(dst), dtensors.local(src)
+    return dsts, srcs
 
 
 def write_torch_files(

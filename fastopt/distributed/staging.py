@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fastopt.backends import current
 from fastopt.collector import paused_collector
-from fastopt.distributed.targets import wrapped
+from fastopt.dtensors import placed
 
 # Note [Staging]
 #
@@ -89,4 +89,4 @@ class Stage:
         sources = [source for source, *_ in self.made]
         copies = current().to(sources, {"device": torch.device("cpu")}, copy=True)
         for copy, (_, spec, container, key) in zip(copies, self.made, strict=True):
-            container[key] = copy if spec is None else wrapped(copy, spec)
+            container[key] = copy if spec is None else placed(copy, spec)

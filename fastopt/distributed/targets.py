@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from fastopt.backends import current
 from fastopt.distributed.boxes import Box, boxes
-from fastopt.dtensors import placed
+from fastopt.dtensors import Specs, placed
 from fastopt.errors import describe_tensor
 from fastopt.files.dcp_metadata import TensorEntry
 
@@ -107,7 +107,7 @@ def new_targets(found: Sequence[Slot]) -> list[Target]:
     They have the dtype and device that `load_state_dict` would give them, `step` those of the file, so that it takes
     them over as they are.
     """
-    places = Places()
+    places, spec_of = Places(), Specs()
     # A step is a plain tensor, though it has the shape of a parameter that is a number.
     locals_ = [
         whole(slot.stored.entry) if slot.path[-1] == "step" else places.local(slot.param, slot.stored.entry)
@@ -123,9 +123,10 @@ def new_targets(found: Sequence[Slot]) -> list[Target]:
     for slot, local, (sizes, dtype), far in zip(found, locals_, specs, is_elsewhere, strict=True):
         tensor = torch.empty(sizes, dtype=dtype, device=slot.param.device) if far else next(here)
         stored = slot.stored
-        is_plain = local is not None and local.spec is None
+        spec = None if local is None else local.spec
+        is_plain = local is not None and spec is None
         targets.append(Target(stored, [0] if local is None else local.offsets, tensor, is_plain))
-        slot.container[slot.key] = tensor if local is None or local.spec is None else wrapped(tensor, local.spec)
+        slot.container[slot.key] = tensor if spec is None else placed(tensor, spec_of(spec, tensor.dtype))
     return targets
 
 
@@ -135,12 +136,6 @@ def dtype_of(slot: Slot) -> torch.dtype:
     if slot.path[-1] == "step" or not slot.param.is_floating_point() or saved.is_complex:
         return saved
     return slot.param.dtype
-
-
-def wrapped(local: torch.Tensor, spec: DTensorSpec) -> torch.Tensor:
-    """The part of a tensor that is here, as the whole tensor."""
-    meta = TensorMeta(spec.shape, torch.Size(spec.stride), local.dtype)
-    return placed(local, DTensorSpec(spec.mesh, spec.placements, meta))
 
 
 def held_targets(found: Sequence[Slot], state: Any) -> list[Target]:

@@ -90,6 +90,8 @@ def loads_in_two_dimensions() -> None:
     models[0](torch.ones(4, 8)).square().mean().backward()
     saving.step()
     content = saving.state_dict()
+    placements = {type(one).__name__ for entry in values_of(saving) for one in entry["exp_avg"].placements}
+    assert "_StridedShard" in placements
     expected.load_state_dict(content)
     fastopt.load_state_dict(actual, content)
     assert_same(values_of(actual), values_of(expected))
@@ -259,6 +261,11 @@ def copies_and_casts() -> None:
     with Counting() as counting:
         fastopt.copy_(copies, halves)
     no_operation_on_dtensors(counting)
+    assert_same(copies, [half.to(F32) for half in halves])
+    versions = [copy._version for copy in copies]
+    with pytest.raises(ValueError, match="entry 4"):
+        fastopt.copy_(copies, [*halves[:4], torch.ones(4)])
+    assert [copy._version for copy in copies] == versions
     assert_same(copies, [half.to(F32) for half in halves])
     whole = distribute_tensor(torch.zeros(4, 3), mesh, [Replicate()])
     fastopt.copy_([whole], tensors[:1])  # another placement: torch's copy
