@@ -37,9 +37,8 @@ CASES = [
 ]
 
 SPREAD = (
-    "processes of their own differ by more than the audit costs: the best rounds of both kinds are alike, and where "
-    "they alternate within one process, the audit takes 0.99 (float16), 1.05 (512 tensors) and 1.09 (bfloat16) of the "
-    "time without"
+    "processes of their own differ by what memory each gets, as much as the audit may cost; `python -m "
+    "benchmarks.audit_cost` has both take turns in one process (audit_cost.json)"
 )
 
 QUESTION = Question(
